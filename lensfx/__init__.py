@@ -1,0 +1,38 @@
+"""lensfx turns any PyTorch model into an fx graph that can be read, edited, rewritten and proved."""
+
+from lensfx.capture import capture
+from lensfx.errors import (
+    CaptureError,
+    ContractError,
+    GuardError,
+    HookError,
+    LensError,
+    PipelineError,
+    RewriteError,
+    UnknownNameError,
+)
+from lensfx.graph.program import Program
+from lensfx.rewrite.explain import explain
+from lensfx.rewrite.pipeline import Pipeline
+from lensfx.run import ActivationCache, HookPoint, Lens, wrap
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ActivationCache",
+    "CaptureError",
+    "ContractError",
+    "GuardError",
+    "HookError",
+    "HookPoint",
+    "Lens",
+    "LensError",
+    "Pipeline",
+    "PipelineError",
+    "Program",
+    "RewriteError",
+    "UnknownNameError",
+    "capture",
+    "explain",
+    "wrap",
+]

@@ -1,0 +1,369 @@
+"""The residual stream of a plain pre-norm model: its start, the writes to it, its blocks."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from lensfx.analysis.norms import is_norm
+from lensfx.analysis.unembed import heads, token_tables
+from lensfx.graph.node import argument, is_op, is_weight, shape_of
+from lensfx.graph.ops import CASTS, VIEWS, data_inputs, is_hook, readers
+from lensfx.graph.program import Program
+from lensfx.graph.views import carried_axis, same_size
+
+__all__ = ["Block", "Stream", "Unknown", "Write", "residual_stream"]
+
+aten = torch.ops.aten
+
+_SOFTMAX = (aten.softmax.int, aten._softmax.default)
+_BY_POSITION = (aten.linear.default, operator.getitem)
+_OVER_CHANNELS = (
+    aten.chunk.default,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.mean.dim,
+    aten.var.correction,
+    aten.var.dim,
+)
+_PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.einsum.default, aten.baddbmm.default)
+
+
+@dataclass(frozen=True)
+class Write:
+    """One add to the stream: `add` = `carry` + `branch`; `norm` is what the branch reads it by."""
+
+    add: fx.Node
+    carry: fx.Node
+    branch: fx.Node
+    kind: str
+    norm: fx.Node
+
+
+@dataclass(frozen=True)
+class Block:
+    """The writes of one block: attention, MLP, or both; `parallel` if both read the same value."""
+
+    attn: Write | None
+    mlp: Write | None
+    parallel: bool = False
+
+    @property
+    def writes(self) -> tuple[Write, ...]:
+        """The writes there are, in order."""
+        return tuple(w for w in (self.attn, self.mlp) if w is not None)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A plain pre-norm stream: `start`, blocks, `end`, the last norm and the head that read it."""
+
+    embed: fx.Node
+    pos_embed: fx.Node | None
+    start: fx.Node
+    blocks: tuple[Block, ...]
+    end: fx.Node
+    ln_final: fx.Node | None
+    unembed: fx.Node | None
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """Why no plain stream was found, and the node where the search ended."""
+
+    reason: str
+    node: fx.Node | None = None
+
+
+def residual_stream(program: Program) -> Stream | Unknown:
+    """The stream of the program, proved from its dataflow, or why it is not a plain pre-norm one."""
+    return _Search(program).run()
+
+
+class _Search:
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        nodes = list(program.graph.nodes)
+        self.rank = {n: i for i, n in enumerate(nodes)}
+        self.above: dict[fx.Node, int] = {}
+        for node in nodes:
+            bits = 0
+            for n in data_inputs(node):
+                if not is_weight(n):
+                    bits |= self.above[n] | (1 << self.rank[n])
+            self.above[node] = bits
+
+    def run(self) -> Stream | Unknown:
+        table = next(token_tables(self.program), None)
+        if table is None:
+            return Unknown("no table is indexed by token ids")
+        head = next((h.linear for h in heads(self.program) if h.outputs), None)
+        last = argument(head, "input") if head is not None else self._first_output()
+        if not isinstance(last, fx.Node):
+            return Unknown("no output is computed from the tokens")
+        final = _through_views(last)
+        norm = final if is_norm(final) else None
+        end = _through_views(self._normed(norm)) if norm is not None else final
+        writes = list(self._writes(end))
+        if not writes:
+            return Unknown(f"no residual add leads to %{end.name}", end)
+        writes.reverse()
+        start = writes[0].carry if isinstance(writes[0], Write) else end
+        bad = next((w for w in writes if isinstance(w, Unknown)), None)
+        if bad is not None:
+            return bad
+        good = [w for w in writes if isinstance(w, Write)]
+        if not self._reads(start, table):
+            return Unknown(f"the stream starts at %{start.name}, before any token table", start)
+        mixer = self._mixer_before(start)
+        if mixer is not None:
+            return Unknown(f"%{mixer.name} mixes positions before the stream starts", mixer)
+        embed, pos = self._stem(start, table)
+        blocks = tuple(_blocks(good))
+        return Stream(embed, pos, start, blocks, end, norm, head)
+
+    def _mixer_before(self, start: fx.Node) -> fx.Node | None:
+        """An attention ahead of the stream: then the true start lies further back."""
+        above = [n for n in self.rank if self._reads(start, n)]
+        mixers = (aten.scaled_dot_product_attention.default, *_SOFTMAX)
+        return next((n for n in above if is_op(n, *mixers)), None)
+
+    def _first_output(self) -> fx.Node | None:
+        flat = pytree.tree_leaves(self.program.graph.output_node().args[0])
+        return next((n for n in flat if isinstance(n, fx.Node)), None)
+
+    def _reads(self, node: fx.Node, source: fx.Node) -> bool:
+        return node is source or bool(self.above[node] >> self.rank[source] & 1)
+
+    def _normed(self, norm: fx.Node) -> fx.Node:
+        """The value a norm normalises: of all its inputs, the one that the others come from."""
+        if "input" in _names(norm):
+            source = argument(norm, "input")
+            assert isinstance(source, fx.Node)
+            return source
+        node = norm
+        while True:
+            live = [n for n in data_inputs(node) if not is_weight(n)]
+            first = min(live, key=lambda n: self.rank[n])
+            if all(n is first or self._reads(n, first) for n in live):
+                if len(readers(first)) > 1 or len(live) > 1:
+                    return first if not is_op(first, aten.sub.Tensor) else self._normed(first)
+                node = first
+            else:
+                return first
+
+    def _writes(self, end: fx.Node) -> Iterator[Write | Unknown]:
+        """The adds from the end of the stream back to its start."""
+        node = _through_views(end)
+        while is_op(node, aten.add.Tensor):
+            a, b = node.args[0], node.args[1]
+            if not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
+                return
+            if is_weight(a) or is_weight(b):
+                return
+            chosen = self._carry(a, b)
+            if chosen is None:
+                return
+            carry, branch = chosen
+            yield self._write(node, carry, branch)
+            node = _through_views(carry)
+
+    def _carry(self, a: fx.Node, b: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+        for carry, branch in ((a, b), (b, a)):
+            root = _through_views(carry)
+            if self._reads(branch, root):
+                return carry, branch
+        for carry, branch in ((a, b), (b, a)):
+            root = _through_views(carry)
+            if is_op(root, aten.add.Tensor):
+                inner = [n for n in root.args[:2] if isinstance(n, fx.Node)]
+                both = len(inner) == 2 and self._carry(*inner)
+                if both and self._reads(branch, _through_views(both[0])):
+                    return carry, branch
+        return None
+
+    def _write(self, add: fx.Node, carry: fx.Node, branch: fx.Node) -> Write | Unknown:
+        region = self._region(branch, carry)
+        norms = [n for n in region if is_norm(n)]
+        entries = [n for n in norms if self._enters(n, carry)]
+        raw = [n for n in region if self._reads_raw(n, carry, norms)]
+        if not entries or raw:
+            place = raw[0] if raw else branch
+            return Unknown(f"%{place.name} reads the stream without a norm in front", place)
+        kind = _kind(region)
+        if isinstance(kind, fx.Node):
+            return Unknown(f"%{kind.name} is part of neither attention nor an MLP", kind)
+        return Write(add, carry, branch, kind, entries[0])
+
+    def _region(self, branch: fx.Node, carry: fx.Node) -> list[fx.Node]:
+        """The nodes between the stream value and the branch's result."""
+        root = _through_views(carry)
+        stop = {root, *self._same_stream(root)}
+        found: set[fx.Node] = set()
+        stack = [branch]
+        while stack:
+            node = stack.pop()
+            if node in found or node in stop or node.op != "call_function" or is_weight(node):
+                continue
+            found.add(node)
+            stack.extend(data_inputs(node))
+        return sorted(n for n in found if any(self._reads(n, s) for s in stop))
+
+    def _same_stream(self, root: fx.Node) -> set[fx.Node]:
+        """The values a parallel branch may read in place of `root`: what the last add carried."""
+        if not is_op(root, aten.add.Tensor):
+            return set()
+        inner = [n for n in root.args[:2] if isinstance(n, fx.Node)]
+        chosen = self._carry(*inner) if len(inner) == 2 else None
+        return {_through_views(chosen[0])} if chosen else set()
+
+    def _enters(self, norm: fx.Node, carry: fx.Node) -> bool:
+        root = _through_views(carry)
+        source = _through_views(self._normed(norm))
+        return source is root or source in self._same_stream(root)
+
+    def _reads_raw(self, node: fx.Node, carry: fx.Node, norms: list[fx.Node]) -> bool:
+        root = _through_views(carry)
+        sources = {root, *self._same_stream(root)}
+        direct = any(_through_views(n) in sources for n in data_inputs(node) if not is_weight(n))
+        if not direct or is_norm(node) or is_op(node, *VIEWS, *CASTS) or is_hook(node):
+            return False
+        return not any(self._reads(n, node) and self._enters(n, carry) for n in norms)
+
+    def _stem(self, start: fx.Node, table: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+        """The token embedding with its scale, and the position embedding added to it, if any."""
+        node = start
+        while node is not table:
+            live = [n for n in data_inputs(node) if self._reads(n, table)]
+            if len(live) != 1:
+                break
+            others = [n for n in data_inputs(node) if n is not live[0] and _holds_weights(n)]
+            if is_op(node, aten.add.Tensor) and len(others) == 1:
+                inner = self._stem(live[0], table)
+                return inner[0], others[0] if inner[1] is None else inner[1]
+            node = live[0]
+        scaled = table
+        while True:
+            up = [u for u in readers(scaled) if is_op(u, aten.mul.Tensor) and _scales(u)]
+            if len(readers(scaled)) != 1 or not up or not self._reads(start, up[0]):
+                return scaled, None
+            scaled = up[0]
+
+
+def _names(node: fx.Node) -> tuple[str, ...]:
+    schema = getattr(node.target, "_schema", None)
+    return tuple(a.name for a in schema.arguments) if schema is not None else ()
+
+
+def _scales(node: fx.Node) -> bool:
+    other = node.args[1]
+    return not isinstance(other, fx.Node) or (is_weight(other) and not (shape_of(other) or ()))
+
+
+def _holds_weights(node: fx.Node) -> bool:
+    """Whether a value is made from parameters or constants and no token: a position embedding."""
+    seen, stack = set(), [node]
+    found = False
+    while stack:
+        n = stack.pop()
+        if n in seen:
+            continue
+        seen.add(n)
+        found = found or n.op == "get_attr"
+        stack.extend(data_inputs(n))
+    return found
+
+
+def _through_views(node: fx.Node) -> fx.Node:
+    """The value behind casts, views that keep the last axis, and hook points."""
+    while True:
+        source = node.args[0] if node.args else None
+        if not isinstance(source, fx.Node):
+            return node
+        if is_hook(node) or is_op(node, aten.detach.default):
+            node = source
+            continue
+        if not is_op(node, *VIEWS, *CASTS):
+            return node
+        a, b = shape_of(source), shape_of(node)
+        if not a or not b or not same_size(a[-1], b[-1]):
+            return node
+        node = source
+
+
+def _kind(region: list[fx.Node]) -> str | fx.Node:
+    """`attn` if a softmax feeds a product of two computed values, `mlp` if the region works on
+    each position alone, else a node that says it is neither."""
+    for node in region:
+        if is_op(node, aten.scaled_dot_product_attention.default):
+            return "attn"
+    softmaxes = {n for n in region if is_op(n, *_SOFTMAX)}
+    for node in region:
+        if is_op(node, *_PRODUCTS) and any(_reaches(n, softmaxes) for n in data_inputs(node)):
+            return "attn"
+    mixing = next((n for n in region if not _keeps_positions_apart(n)), None)
+    if mixing is None and not any(is_op(n, aten.linear.default) for n in region):
+        return region[-1]
+    return "mlp" if mixing is None else mixing
+
+
+def _keeps_positions_apart(node: fx.Node) -> bool:
+    if is_norm(node) or is_hook(node) or is_op(node, *CASTS, *_BY_POSITION):
+        return True
+    if is_op(node, *VIEWS):
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        last = len(shape_of(source) or ()) - 1
+        return carried_axis(node, last) is not None
+    if is_op(node, *_OVER_CHANNELS):
+        axes = argument(node, "dim")
+        rank = len(shape_of(node.args[0]) or ())  # type: ignore[arg-type]
+        given = axes if isinstance(axes, (list, tuple)) else [axes]
+        return all(isinstance(a, int) and a % rank == rank - 1 for a in given)
+    return torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
+def _reaches(node: fx.Node, targets: set[fx.Node]) -> bool:
+    while node not in targets:
+        live = [n for n in data_inputs(node) if not is_weight(n)]
+        if len(live) != 1 or is_op(node, *_PRODUCTS, aten.linear.default):
+            return False
+        node = live[0]
+    return True
+
+
+def _blocks(writes: list[Write]) -> Iterator[Block]:
+    pending: Write | None = None
+    for write in writes:
+        if write.kind == "attn":
+            if pending is not None:
+                yield Block(pending, None)
+            pending = write
+        elif pending is None:
+            yield Block(None, write)
+        else:
+            yield Block(pending, write, _is_parallel(pending, write))
+            pending = None
+    if pending is not None:
+        yield Block(pending, None)
+
+
+def _is_parallel(attn: Write, mlp: Write) -> bool:
+    return _through_views(mlp.carry) is attn.add and not _descends(mlp.norm, attn.add)
+
+
+def _descends(node: fx.Node, source: fx.Node) -> bool:
+    seen, stack = set(), [node]
+    while stack:
+        n = stack.pop()
+        if n is source:
+            return True
+        if n not in seen and n > source:
+            seen.add(n)
+            stack.extend(data_inputs(n))
+    return False

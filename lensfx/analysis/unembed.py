@@ -1,0 +1,155 @@
+"""Find the heads of a model: linear ops whose result only goes on to outputs and losses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from lensfx.graph.node import argument, dtype_of, is_op, is_weight, shape_of
+from lensfx.graph.ops import data_inputs, readers
+from lensfx.graph.program import Program
+
+__all__ = ["Head", "heads", "table_and_ids", "token_tables"]
+
+aten = torch.ops.aten
+
+_MIXES = frozenset(
+    {
+        aten.linear.default,
+        aten.matmul.default,
+        aten.bmm.default,
+        aten.mm.default,
+        aten.addmm.default,
+        aten.einsum.default,
+        aten.layer_norm.default,
+        aten.rms_norm.default,
+        aten.scaled_dot_product_attention.default,
+    }
+)
+_LOSSES = frozenset(
+    {aten.softmax.int, aten.log_softmax.int, aten.cross_entropy_loss.default}
+)
+
+
+@dataclass(frozen=True)
+class Head:
+    """A linear op from which every path leads to an output without another weight or norm.
+
+    `outputs` are the flat outputs its result reaches, `evidence` says why they are logits over a
+    vocabulary; it is empty if nothing says so.
+    """
+
+    linear: fx.Node
+    outputs: tuple[int, ...]
+    evidence: str
+
+
+def heads(program: Program) -> list[Head]:
+    """Every head of the program, in graph order."""
+    found = []
+    for linear in program.graph.find_nodes(op="call_function", target=aten.linear.default):
+        if not is_weight(argument(linear, "weight")):
+            continue
+        reached = _forward(linear)
+        if reached is not None:
+            outputs, losses = reached
+            found.append(Head(linear, outputs, _evidence(program, linear, outputs, losses)))
+    return found
+
+
+def _forward(linear: fx.Node) -> tuple[tuple[int, ...], list[fx.Node]] | None:
+    """The outputs and losses that a value ends in; None if anything else takes it up."""
+    outputs: set[int] = set()
+    losses: list[fx.Node] = []
+    seen = {linear}
+    stack = [linear]
+    while stack:
+        node = stack.pop()
+        for reader in readers(node):
+            if reader.op == "output":
+                flat = pytree.tree_leaves(reader.args[0])
+                outputs |= {i for i, leaf in enumerate(flat) if leaf is node}
+                continue
+            others = [n for n in data_inputs(reader) if n not in seen and not is_weight(n)]
+            mixed = others and not is_op(reader, *_LOSSES) and not _picks(reader, node)
+            if is_op(reader, *_MIXES) or mixed:
+                return None
+            if is_op(reader, *_LOSSES):
+                losses.append(reader)
+            if reader not in seen:
+                seen.add(reader)
+                stack.append(reader)
+    return (tuple(sorted(outputs)), losses) if outputs else None
+
+
+def _picks(reader: fx.Node, value: fx.Node) -> bool:
+    """Whether the reader selects rows of the value by another one, as `logits[mask]` does."""
+    return is_op(reader, aten.index.Tensor, aten.index_select.default, aten.gather.default) and (
+        reader.args[0] is value
+    )
+
+
+def token_tables(program: Program) -> Iterator[fx.Node]:
+    """The reads of a table by an integer input of the model itself: `embedding(W, ids)`, `W[ids]`."""
+    for node in program.graph.nodes:
+        found = table_and_ids(node)
+        if found is None:
+            continue
+        source: object = found[1]
+        while isinstance(source, fx.Node) and source.op == "call_function":
+            source = source.args[0] if len(data_inputs(source)) == 1 else None
+        if isinstance(source, fx.Node) and source.op == "placeholder":
+            yield node
+
+
+def table_and_ids(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The table and the indices of a lookup of rows, or None if the node is none."""
+    if is_op(node, aten.embedding.default):
+        table, ids = argument(node, "weight"), argument(node, "indices")
+    elif is_op(node, aten.index.Tensor) and len(argument(node, "indices")) == 1:
+        table, ids = argument(node, "self"), argument(node, "indices")[0]
+    else:
+        return None
+    floating = dtype_of(table) is not None and dtype_of(table).is_floating_point  # type: ignore[union-attr]
+    return (table, ids) if is_weight(table) and floating and not is_weight(ids) else None
+
+
+def _evidence(
+    program: Program, linear: fx.Node, outputs: tuple[int, ...], losses: list[fx.Node]
+) -> str:
+    rows = (shape_of(argument(linear, "weight")) or (0,))[0]
+    if rows == 1:
+        return ""
+    named = [program.signature.outputs[k] for k in outputs]
+    if any(name.rpartition(".")[2].strip("'[]") == "logits" for name in named):
+        return "the model calls its output logits"
+    if losses:
+        return f"a {losses[0].target.overloadpacket.__name__} reads it"  # type: ignore[union-attr]
+    weight = _root(argument(linear, "weight"))
+    for table in token_tables(program):
+        found = table_and_ids(table)
+        stored = _root(found[0]) if found is not None else None
+        if stored is None:
+            continue
+        if weight is not None and _tensor(program, stored) is _tensor(program, weight):
+            return f"its weight is tied to {stored.target}"
+        if (shape_of(stored) or (0,))[0] == rows:
+            return f"it has one row for each row of {stored.target}"
+    return ""
+
+
+def _root(node: fx.Node) -> fx.Node | None:
+    while node.op == "call_function":
+        inputs = [n for n in node.all_input_nodes if len(shape_of(n) or ()) == 2]
+        if len(inputs) != 1:
+            return None
+        node = inputs[0]
+    return node if node.op == "get_attr" else None
+
+
+def _tensor(program: Program, node: fx.Node) -> torch.Tensor:
+    return program.tensors[str(node.target)]

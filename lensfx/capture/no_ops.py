@@ -1,0 +1,97 @@
+"""Drop what computes nothing: eval dropout, identity casts, full slices, views to the same shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from lensfx.graph.node import argument, arguments, is_op
+from lensfx.graph.ops import DROPOUTS
+
+__all__ = ["drop_no_ops"]
+
+aten = torch.ops.aten
+
+
+def drop_no_ops(graph: fx.Graph) -> None:
+    """Rewire the readers of every no-op to its input, and spell every view as `reshape`.
+
+    The graph must be functional: then an alias and its base cannot be told apart.
+    """
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        _respell(node)
+        rule = _NO_OPS.get(node.target)
+        if rule is not None and rule(node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+def _respell(node: fx.Node) -> None:
+    if is_op(node, aten.view.default, aten._unsafe_view.default):
+        node.target = aten.reshape.default
+    elif is_op(node, aten.to.dtype):
+        # `copy` was asked for while tracing only, to keep identity casts apart.
+        node.args = (node.args[0], argument(node, "dtype"))
+        node.kwargs = {}
+
+
+def _val(node: Any) -> torch.Tensor | None:
+    val = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return val if isinstance(val, torch.Tensor) else None
+
+
+def _unchanged(node: fx.Node) -> bool:
+    """Whether output and input have the same shape, dtype and device."""
+    a, b = _val(node), _val(node.args[0])
+    if a is None or b is None or a.dtype != b.dtype or a.device != b.device or a.ndim != b.ndim:
+        return False
+    return all(statically_known_true(x == y) for x, y in zip(a.shape, b.shape, strict=True))
+
+
+def _plain_copy(node: fx.Node) -> bool:
+    if argument(node, "memory_format") not in (None, torch.preserve_format):
+        return False
+    a, b = _val(node), _val(node.args[0])
+    if a is None or b is None or not _unchanged(node):
+        return False
+    return all(statically_known_true(x == y) for x, y in zip(a.stride(), b.stride(), strict=True))
+
+
+def _always(node: fx.Node) -> bool:
+    return True
+
+
+def _eval_dropout(node: fx.Node) -> bool:
+    return not argument(node, "train")
+
+
+def _full_slice(node: fx.Node) -> bool:
+    given = arguments(node)
+    end = given["end"]
+    whole = end is None or (isinstance(end, int) and end >= 2**62)
+    return given["start"] in (0, None) and given["step"] == 1 and (whole or _unchanged(node))
+
+
+_NO_OPS: dict[Any, Callable[[fx.Node], bool]] = {
+    **dict.fromkeys(DROPOUTS, _eval_dropout),
+    aten.alias.default: _always,
+    aten.lift_fresh_copy.default: _always,
+    aten.lift_fresh.default: _always,
+    aten.clone.default: _plain_copy,
+    aten.to.dtype: _unchanged,
+    aten.to.dtype_layout: _unchanged,
+    aten.to.device: _unchanged,
+    aten.to.other: _unchanged,
+    aten._to_copy.default: _unchanged,
+    aten.type_as.default: _unchanged,
+    aten.reshape.default: _unchanged,
+    aten.expand.default: _unchanged,
+    aten.expand_as.default: _unchanged,
+    aten.slice.Tensor: _full_slice,
+}

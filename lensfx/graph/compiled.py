@@ -1,0 +1,61 @@
+"""A graph as a plain function, its weights among the arguments: nothing is left behind by it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import fx
+
+__all__ = ["closure", "compiled", "probe"]
+
+
+def compiled(graph: fx.Graph) -> Callable[..., tuple[Any, ...]]:
+    """The graph as a function of its placeholders; call it as `f(None, *values)`.
+
+    Compiled here and not as a GraphModule: each of those leaves an entry in linecache for good.
+    """
+    code = graph.python_code("self")
+    namespace = dict(code.globals)
+    exec(compile(code.src, "<lensfx run>", "exec"), namespace)
+    forward: Callable[..., tuple[Any, ...]] = namespace["forward"]
+    return forward
+
+
+def closure(roots: Sequence[fx.Node]) -> set[fx.Node]:
+    """The roots and every node they depend on."""
+    found: set[fx.Node] = set()
+    stack = list(roots)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
+
+
+def probe(
+    graph: fx.Graph, names: Sequence[str]
+) -> tuple[Callable[..., tuple[Any, ...]], tuple[str, ...]]:
+    """A function `f(None, *inputs, *weights)` that gives the flat outputs, then the named values.
+
+    Returns it with the names of the weights it takes, in order.
+    """
+    nodes = list(graph.nodes)
+    wanted = {n.name: n for n in nodes}
+    results = list(graph.output_node().args[0])  # type: ignore[arg-type]
+    roots = [r for r in results if isinstance(r, fx.Node)] + [wanted[n] for n in names]
+    needed = closure(roots)
+    new, env = fx.Graph(), {}
+    for node in nodes:
+        if node.op == "placeholder":
+            env[node] = new.placeholder(node.name)
+    weights = [n for n in nodes if n.op == "get_attr" and n in needed]
+    for node in weights:
+        env[node] = new.placeholder(node.name)
+    for node in nodes:
+        if node.op == "call_function" and node in needed:
+            env[node] = new.node_copy(node, lambda n: env[n])
+    out = [env[r] if isinstance(r, fx.Node) else r for r in results]
+    new.output((*out, *(env[wanted[n]] for n in names)))
+    return compiled(new), tuple(str(n.target) for n in weights)

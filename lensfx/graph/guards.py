@@ -1,0 +1,171 @@
+"""What a captured graph assumes of its inputs' sizes, kept as data and checked before a run."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
+
+from lensfx.errors import GuardError
+
+__all__ = ["Axis", "Guards"]
+
+_SIZE = re.compile(r"L\['leaves'\]\[(\d+)\]\.size\(\)\[(\d+)\]")
+_INFINITE = 2**40
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of one input: its symbol if it is dynamic, else the size it was specialised to."""
+
+    leaf: int
+    axis: int
+    label: str
+    symbol: str | None
+    size: int | None
+    low: int = 0
+    high: int = _INFINITE
+
+
+@dataclass(frozen=True)
+class Guards:
+    """The sizes and relations between sizes under which a graph is the model.
+
+    `axes` has one entry per axis of every tensor input, `relations` the conditions that the
+    model's own code put on them, as text over names such as `idx.size(1)`.
+    """
+
+    axes: tuple[Axis, ...]
+    relations: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+    names: tuple[str, ...]
+    _code: tuple[Any, ...] = ()
+    _passed: set[Any] = field(default_factory=set, compare=False, repr=False)
+
+    @property
+    def dynamic(self) -> tuple[Axis, ...]:
+        """The axes whose size may differ from the example's."""
+        return tuple(a for a in self.axes if a.symbol is not None)
+
+    @property
+    def specialised(self) -> tuple[Axis, ...]:
+        """The axes that the model's code tied to one size."""
+        return tuple(a for a in self.axes if a.symbol is None)
+
+    def check(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Pass if the graph is the model on these inputs.
+
+        Raises: GuardError naming the first size, relation or dtype that does not hold.
+        """
+        key = tuple((t.shape, t.dtype) for t in tensors)
+        if key in self._passed:
+            return
+        self._check_kinds(tensors)
+        for axis in self.axes:
+            self._check_axis(axis, tensors[axis.leaf].shape[axis.axis])
+        for text, code in zip(self.relations, self._code, strict=True):
+            if not eval(code, _NAMESPACE, {"t": tensors}):
+                raise GuardError(
+                    f"the captured graph assumes {text}, which this call does not satisfy",
+                    hint="capture again with an example of these sizes",
+                )
+        if len(self._passed) < 4096:
+            self._passed.add(key)
+
+    def _check_kinds(self, tensors: Sequence[torch.Tensor]) -> None:
+        ranks = {leaf: 0 for leaf in range(len(self.names))}
+        for axis in self.axes:
+            ranks[axis.leaf] += 1
+        for i, (tensor, dtype, name) in enumerate(zip(tensors, self.dtypes, self.names, strict=True)):
+            if tensor.ndim != ranks[i]:
+                raise GuardError(
+                    f"{name} has {tensor.ndim} axes, {ranks[i]} at capture",
+                    hint="capture again with an example of this rank",
+                )
+            if tensor.dtype != dtype and (tensor.is_floating_point() or dtype.is_floating_point):
+                raise GuardError(
+                    f"{name} is {tensor.dtype}, {dtype} at capture",
+                    hint=f"pass {name}.to({dtype}), or capture again",
+                )
+
+    @staticmethod
+    def _check_axis(axis: Axis, size: int) -> None:
+        if axis.size is not None and size != axis.size:
+            raise GuardError(
+                f"{axis.label} is {size}; the model's code ties it to {axis.size}, the example's",
+                hint=f"capture again with an example where {axis.label} is {size}",
+            )
+        if not axis.low <= size <= axis.high:
+            bound = f"at least {axis.low}" if size < axis.low else f"at most {axis.high}"
+            raise GuardError(
+                f"{axis.label} is {size}; the captured graph is the model only for {bound}",
+                hint=f"capture again with an example where {axis.label} is {size}",
+            )
+
+    def with_relations(self, codes: Sequence[str]) -> Guards:
+        """These guards and more relations, given as code over `t[leaf].shape[axis]`."""
+        compiled = tuple(compile(c, "<guard>", "eval") for c in codes)
+        texts = tuple(_readable(c, self.names) for c in codes)
+        return replace(
+            self,
+            relations=self.relations + texts,
+            _code=self._code + compiled,
+            _passed=set(),
+        )
+
+    @classmethod
+    def build(
+        cls,
+        placeholders: Sequence[fx.Node],
+        names: Sequence[str],
+        ranges: dict[str, tuple[int, int]],
+        conditions: Sequence[str],
+    ) -> Guards:
+        """Guards from the symbolic sizes of the placeholders and torch's own guard expressions."""
+        axes: list[Axis] = []
+        derived: list[str] = []
+        first: dict[str, str] = {}
+        for leaf, node in enumerate(placeholders):
+            for d, size in enumerate(node.meta["val"].shape):
+                label, here = f"{names[leaf]}.size({d})", f"t[{leaf}].shape[{d}]"
+                expr = size.node.expr if isinstance(size, torch.SymInt) else None
+                if expr is None or expr.is_number:
+                    axes.append(Axis(leaf, d, label, None, int(size)))
+                    continue
+                if expr.is_Symbol:
+                    low, high = ranges.get(str(expr), (0, _INFINITE))
+                    axes.append(Axis(leaf, d, label, str(expr), None, low, high))
+                    first.setdefault(str(expr), here)
+                    derived.append(f"{here} == {first[str(expr)]}")
+                else:
+                    axes.append(Axis(leaf, d, label, str(expr), None))
+        codes = [c for c in derived if len(set(c.split(" == "))) == 2]
+        codes += [_SIZE.sub(r"t[\1].shape[\2]", c).replace("\n", " ") for c in conditions]
+        codes = list(dict.fromkeys(_sorted_equality(c) for c in codes))
+        return cls(
+            tuple(axes),
+            tuple(_readable(c, names) for c in codes),
+            tuple(p.meta["val"].dtype for p in placeholders),
+            tuple(names),
+            tuple(compile(c, "<guard>", "eval") for c in codes),
+        )
+
+
+def _sorted_equality(code: str) -> str:
+    sides = code.split(" == ")
+    return " == ".join(sorted(sides)) if len(sides) == 2 and "(" not in code else code
+
+
+def _readable(code: str, names: Sequence[str]) -> str:
+    return re.sub(
+        r"t\[(\d+)\]\.shape\[(\d+)\]", lambda m: f"{names[int(m[1])]}.size({m[2]})", code
+    )
+
+
+_NAMESPACE: dict[str, Any] = {**SYMPY_INTERP, "math": math, "inf": math.inf}

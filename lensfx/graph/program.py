@@ -1,0 +1,147 @@
+"""Program: a graph in normal form, the tensors it reads, how calls bind to it, its history."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import fx
+
+from lensfx.graph.guards import Guards
+from lensfx.graph.ops import is_impure
+from lensfx.graph.signature import Signature
+
+__all__ = ["Formula", "Program", "Rewrite", "Source",
+    "Stage",
+ "copy_graph", "flat_module", "remove_dead"]
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """One place where a pass changed the graph.
+
+    `sites` pairs the name of a value before with its name after: what the rewrite claims to keep.
+    `shifted` are the flat outputs that move by something their contract lets them move by.
+    """
+
+    index: int
+    pass_name: str
+    root: str
+    path: str
+    line: str
+    sites: tuple[tuple[str, str], ...]
+    added: int
+    removed: int
+    note: str = ""
+    shifted: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        parts = (f"%{self.root}", self.path, self.line, self.note)
+        return "  ".join(p for p in parts if p)
+
+
+@dataclass(frozen=True)
+class Formula:
+    """How a folded parameter follows from the parameters it came from."""
+
+    name: str
+    text: str
+    sources: tuple[str, ...]
+    graph: fx.Graph = field(compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a program came from: the model's class, what capture noticed, names nobody reads."""
+
+    model: str
+    notes: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The graph after one pass, weights still written as expressions, and what the pass did.
+
+    `entry` is the pass itself, None for the graph the pipeline started from.
+    """
+
+    name: str
+    entry: Any
+    graph: fx.Graph = field(compare=False, repr=False)
+    rewrites: tuple[Rewrite, ...] = ()
+
+
+@dataclass(frozen=True)
+class Program:
+    """A captured model as a value: passes make new programs, nothing changes an old one.
+
+    `graph` takes the tensor leaves of a call in order and returns a flat tuple; `tensors` holds
+    what its get_attr nodes name, the model's own parameter objects unless a pass changed them.
+    `stages` are the graphs after each pass that fired; a folded program keeps the program it was
+    folded from in `unfolded`, so that it can be proved.
+    """
+
+    graph: fx.Graph
+    tensors: Mapping[str, torch.Tensor]
+    signature: Signature
+    guards: Guards
+    example: tuple[torch.Tensor, ...]
+    source: Source
+    passes: tuple[str, ...] = ()
+    journal: tuple[Rewrite, ...] = ()
+    formulas: Mapping[str, Formula] = field(default_factory=lambda: MappingProxyType({}))
+    reports: tuple[Any, ...] = ()
+    stages: tuple[Stage, ...] = ()
+    unfolded: Program | None = None
+
+    @cached_property
+    def flat(self) -> fx.GraphModule:
+        """The graph as a module from flat tensors to a flat tuple; parameters are shared."""
+        return flat_module(self.graph, self.tensors)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model returns on this call, of the same type."""
+        tensors = self.signature.bind(args, kwargs)
+        self.guards.check(tensors)
+        return self.signature.unflatten(list(self.flat(*tensors)))
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """Each trainable tensor of the program once, in the order of first use."""
+        found = {id(t): t for t in self.tensors.values() if isinstance(t, torch.nn.Parameter)}
+        return list(found.values())
+
+    def with_graph(self, graph: fx.Graph, **changes: Any) -> Program:
+        """This program with another graph and, if given, other fields."""
+        return replace(self, graph=graph, **changes)
+
+
+def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    """A copy with the same node names and its own metadata, and the map from old to new nodes."""
+    new, mapping = fx.Graph(), {}
+    for node in graph.nodes:
+        twin = new.node_copy(node, lambda n: mapping[n])
+        twin.meta = dict(node.meta)
+        mapping[node] = twin
+    return new, mapping
+
+
+def flat_module(graph: fx.Graph, tensors: Mapping[str, torch.Tensor]) -> fx.GraphModule:
+    """A GraphModule over a copy of the graph, sharing the tensors it names."""
+    new, _ = copy_graph(graph)
+    named = {n.target: tensors[str(n.target)] for n in new.nodes if n.op == "get_attr"}
+    return fx.GraphModule(named, new)
+
+
+def remove_dead(graph: fx.Graph) -> int:
+    """Erase every node that nobody reads and that has no effect; return how many were erased."""
+    before = len(graph.nodes)
+    for node in reversed(graph.nodes):
+        if not node.users and not is_impure(node):
+            graph.erase_node(node)
+    return before - len(graph.nodes)

@@ -1,0 +1,155 @@
+"""How calls bind to a captured graph: the model's own signature, its input and output trees."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from lensfx.errors import CaptureError, GuardError
+
+__all__ = ["Leaf", "Signature", "bound_arguments"]
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One leaf of the input tree: a tensor the graph reads, or a constant baked at capture."""
+
+    name: str
+    is_tensor: bool
+    constant: Any = None
+
+
+def bound_arguments(
+    forward: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a call by name, in the signature's order; `*args[i]` for extra positions.
+
+    Raises: TypeError, as the model's own call would.
+    """
+    bound = forward.bind(*args, **kwargs)
+    named: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        kind = forward.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            named.update({f"*{name}[{i}]": v for i, v in enumerate(value)})
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            named.update(value)
+        else:
+            named[name] = value
+    return named
+
+
+@dataclass(frozen=True)
+class Signature:
+    """How a call becomes the flat tensors a graph takes, and how its flat results become a value.
+
+    `positional` and `keywords` say how the example call was split; any call that binds to the
+    model's own signature is rearranged into that split.
+    """
+
+    forward: inspect.Signature
+    positional: tuple[str, ...]
+    keywords: tuple[str, ...]
+    in_spec: pytree.TreeSpec
+    leaves: tuple[Leaf, ...]
+    out_spec: pytree.TreeSpec
+    outputs: tuple[str, ...]
+
+    @staticmethod
+    def split(
+        forward: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], tuple[str, ...], tuple[str, ...]]:
+        """The bound arguments of a call, and which of them go by position and which by keyword."""
+        named = bound_arguments(forward, args, kwargs)
+        positional = tuple(list(named)[: len(args)])
+        return named, positional, tuple(n for n in named if n not in positional)
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+        """The tensors of a call in the order of the graph's placeholders.
+
+        Raises: GuardError if the call does not fit the model's signature, has another structure
+        than the captured one, or another value where the example's was baked in.
+        """
+        try:
+            named = bound_arguments(self.forward, args, kwargs)
+        except TypeError as error:
+            raise GuardError(f"this call does not fit the model's signature: {error}") from None
+        values = {name: self._given(named, name) for name in (*self.positional, *self.keywords)}
+        for name in named.keys() - values.keys():
+            self._expect_default(name, named[name])
+        tree = (tuple(values[n] for n in self.positional), {n: values[n] for n in self.keywords})
+        flat, spec = pytree.tree_flatten(tree)
+        if spec != self.in_spec:
+            raise GuardError(
+                f"the arguments have another structure than at capture: {spec}, not {self.in_spec}",
+                hint="capture again with an example of this structure",
+            )
+        return [v for leaf, v in zip(self.leaves, flat, strict=True) if _checked(leaf, v)]
+
+    def _given(self, named: Mapping[str, Any], name: str) -> Any:
+        if name in named:
+            return named[name]
+        parameter = self.forward.parameters.get(name)
+        if parameter is None or parameter.default is inspect.Parameter.empty:
+            raise GuardError(
+                f"argument {name!r} was given at capture and is missing here",
+                hint=f"pass {name}, or capture again without it",
+            )
+        return parameter.default
+
+    def _expect_default(self, name: str, value: Any) -> None:
+        parameter = self.forward.parameters.get(name)
+        default = inspect.Parameter.empty if parameter is None else parameter.default
+        if not _same(default, value):
+            raise GuardError(
+                f"argument {name!r} was not given at capture, so the graph does not read it",
+                hint=f"capture again with {name} in the example call",
+            )
+
+    def unflatten(self, flat: list[Any]) -> Any:
+        """The model's own kind of result, from the flat results of the graph."""
+        return pytree.tree_unflatten(flat, self.out_spec)
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """The names of the tensor leaves, in the order of the graph's placeholders."""
+        return tuple(leaf.name for leaf in self.leaves if leaf.is_tensor)
+
+
+def _checked(leaf: Leaf, value: Any) -> bool:
+    if leaf.is_tensor:
+        if not isinstance(value, torch.Tensor):
+            raise GuardError(
+                f"{leaf.name} was a tensor at capture and is {type(value).__name__} here",
+                hint="capture again with an example of this kind",
+            )
+        return True
+    if not _same(leaf.constant, value):
+        raise GuardError(
+            f"{leaf.name} was {leaf.constant!r} at capture and is {_short(value)} here: "
+            "values that are not tensors are baked into the graph",
+            hint=f"capture again with {leaf.name}={_short(value)}",
+        )
+    return False
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return repr(value)
+
+
+def _same(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor) or type(a) is not type(b):
+        return False
+    try:
+        return bool(a == b)
+    except Exception as error:
+        raise CaptureError(f"values of type {type(a).__name__} cannot be compared: {error}") from error

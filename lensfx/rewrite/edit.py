@@ -1,0 +1,309 @@
+"""Edit: the only code that changes a graph. It places nodes, sets metadata, keeps the journal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from lensfx.errors import RewriteError
+from lensfx.graph.names import free_name, native_name
+from lensfx.graph.node import (
+    arguments,
+    module_path,
+    op_name,
+    schema_names,
+    shape_of,
+    source_line,
+    value_of,
+    where,
+)
+from lensfx.graph.ops import constructs, is_hook, is_impure, readers
+from lensfx.graph.program import Rewrite
+from lensfx.graph.views import same_shape
+
+__all__ = ["At", "Edit"]
+
+
+@dataclass
+class _Open:
+    """What the rewrite in progress has touched so far."""
+
+    root: fx.Node
+    root_facts: tuple[str, str, str]
+    interior: frozenset[fx.Node]
+    touched: dict[fx.Node, None] = field(default_factory=dict)
+    added: list[fx.Node] = field(default_factory=list)
+    removed: int = 0
+    loose: list[fx.Node] = field(default_factory=list)
+    note: str = ""
+    shifted: tuple[int, ...] = ()
+
+
+class Edit:
+    """Changes one graph on behalf of one pass; every committed rewrite is in `journal`."""
+
+    def __init__(self, graph: fx.Graph, pass_name: str, first: int = 0) -> None:
+        self.graph = graph
+        self.pass_name = pass_name
+        self.journal: list[Rewrite] = []
+        self._first = first
+        self._open: _Open | None = None
+        self._vals: dict[Any, Any] = {}
+        # Which value of the graph before this pass a node stands for; nodes a rewrite added have none.
+        self._origin = {n: n.name for n in graph.nodes}
+        self._taken = {native_name(n) for n in graph.nodes}
+        self._mode = next(
+            (
+                mode
+                for n in graph.nodes
+                if (mode := getattr(value_of(n), "fake_mode", None)) is not None
+            ),
+            None,
+        )
+
+    def begin(self, root: fx.Node, interior: Iterable[fx.Node] = ()) -> None:
+        """Start a rewrite at `root`; values inside `interior` are not claimed to be kept."""
+        facts = (root.name, module_path(root), source_line(root))
+        self._open = _Open(root, facts, frozenset(interior))
+
+    def before(self, node: fx.Node) -> At:
+        """A place right before `node`, whose module path and source line new nodes take on."""
+        return At(self, node)
+
+    def after(self, node: fx.Node) -> At:
+        """A place right after `node`, whose module path and source line new nodes take on."""
+        return At(self, node, behind=True)
+
+    def remark(self, note: str, shifted: Iterable[int] = ()) -> None:
+        """Say in the journal why this site was right, and which outputs the contract lets move."""
+        state = self._state()
+        state.note, state.shifted = note, tuple(shifted)
+
+    def commit(self) -> Rewrite:
+        """Close the rewrite: remove what nobody reads any more and write the journal entry."""
+        state = self._state()
+        for node in state.loose:
+            self._drop(node)
+        sites = tuple(
+            (self._origin[n], n.name)
+            for n in state.touched
+            if n in self._origin and self._visible(n)
+        )
+        name, path, line = state.root_facts
+        entry = Rewrite(
+            index=self._first + len(self.journal),
+            pass_name=self.pass_name,
+            root=name,
+            path=path,
+            line=line,
+            sites=sites,
+            added=sum(not n._erased for n in state.added),
+            removed=state.removed,
+            note=state.note,
+            shifted=state.shifted,
+        )
+        self.journal.append(entry)
+        self._open = None
+        return entry
+
+    def _state(self) -> _Open:
+        if self._open is None:
+            raise RewriteError("an edit was made outside a rewrite")
+        return self._open
+
+    def _visible(self, node: fx.Node) -> bool:
+        """Whether something that this rewrite did not touch reads the value."""
+        state = self._state()
+        if node._erased or node in state.interior:
+            return False
+        inside = {*state.touched, *state.added, *state.interior}
+        return any(u not in inside for u in readers(node))
+
+    def _drop(self, node: fx.Node) -> None:
+        stack = [node]
+        while stack:
+            n = stack.pop()
+            if n._erased or n.users or is_impure(n):
+                continue
+            stack.extend(n.all_input_nodes)
+            self.graph.erase_node(n)
+            self._state().removed += 1
+
+    def fake(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The fake value of a call, run on the fake values of its inputs and remembered by shape."""
+        vals = fx.node.map_arg((args, dict(kwargs)), _required_value)
+        key = (target, _key(vals))
+        if key not in self._vals:
+            try:
+                if self._mode is None:
+                    self._vals[key] = target(*vals[0], **vals[1])
+                else:
+                    with self._mode, torch.no_grad():
+                        self._vals[key] = target(*vals[0], **vals[1])
+            except Exception as error:
+                raise RewriteError(
+                    f"{self.pass_name} makes a call that cannot run: {target}: {error}",
+                    at=where(self._state().root),
+                    hint="check the shapes the rule assumes in its `unless`",
+                ) from error
+        return self._vals[key]
+
+
+class At:
+    """One place in the graph under edit."""
+
+    def __init__(self, edit: Edit, anchor: fx.Node, behind: bool = False) -> None:
+        self._edit = edit
+        self._anchor = anchor
+        self._behind = behind
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A new operator node here, with value, module path, source line and native name set.
+
+        Raises: RewriteError if an argument is computed later in the graph, or the call cannot run.
+        """
+        edit, anchor = self._edit, self._anchor
+        state = edit._state()
+        for node in _nodes_in((args, kwargs)):
+            late = anchor < node if self._behind else not node < anchor
+            if late:
+                raise RewriteError(
+                    f"{edit.pass_name} would read {node.name} before it is computed",
+                    at=where(anchor),
+                    hint="place the new node after the last of its inputs",
+                )
+        val = edit.fake(target, args, kwargs)
+        insert = edit.graph.inserting_after if self._behind else edit.graph.inserting_before
+        with insert(anchor):
+            node = edit.graph.call_function(target, args, kwargs)
+        if self._behind:
+            self._anchor = node
+        inputs = node.all_input_nodes
+        node.meta = {
+            "val": val,
+            "nn_module_stack": anchor.meta.get("nn_module_stack"),
+            "stack_trace": anchor.meta.get("stack_trace"),
+            "lensfx": (edit.pass_name, edit._first + len(edit.journal)),
+        }
+        node.meta["weight"] = (not inputs and constructs(node)) or (
+            bool(inputs) and all(n.meta.get("weight") for n in inputs)
+        )
+        path = module_path(node)
+        wanted = f"{path}.{op_name(node)}" if path else op_name(node)
+        node.meta["native"] = str(args[1]) if is_hook(node) else free_name(wanted, edit._taken)
+        state.added.append(node)
+        return node
+
+    def set(self, node: fx.Node, **named: Any) -> None:
+        """Change arguments of a node by schema name; the node keeps its name, shape and dtype.
+
+        Raises: RewriteError if the shape or dtype would change, or an input comes too late.
+        """
+        edit = self._edit
+        state = edit._state()
+        for value in _nodes_in(named):
+            if not value < node:
+                raise RewriteError(
+                    f"{edit.pass_name} would read {value.name} before it is computed",
+                    at=where(node),
+                )
+        given = {**arguments(node), **named}
+        unknown = named.keys() - set(schema_names(node.target))
+        if unknown:
+            raise RewriteError(f"{node.target} has no argument {sorted(unknown)}", at=where(node))
+        args, kwargs = _call_form(node.target, given)
+        val = edit.fake(node.target, args, kwargs)
+        _same_kind(edit, node, val)
+        state.touched[node] = None
+        state.loose.extend(node.all_input_nodes)
+        node.args, node.kwargs = args, kwargs
+        node.meta["weight"] = bool(node.all_input_nodes) and all(
+            n.meta.get("weight") for n in node.all_input_nodes
+        )
+
+    def replace(self, old: fx.Node, new: fx.Node) -> None:
+        """Let every reader of `old` read `new` instead, and remove `old`.
+
+        Raises: RewriteError if the two differ in shape or dtype.
+        """
+        edit = self._edit
+        state = edit._state()
+        _same_kind(edit, old, value_of(new))
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+        if old in edit._origin:
+            edit._origin[new] = edit._origin.pop(old)
+        state.touched.pop(old, None)
+        state.touched[new] = None
+        state.loose.append(old)
+
+    def redirect(self, reader: fx.Node, old: fx.Node, new: fx.Node) -> None:
+        """Let one reader read `new` where it read `old`."""
+        edit = self._edit
+        _same_kind(edit, old, value_of(new))
+        reader.replace_input_with(old, new)
+        edit._state().touched[reader] = None
+        edit._state().loose.append(old)
+
+
+def _same_kind(edit: Edit, old: fx.Node, val: Any) -> None:
+    shape, held = shape_of(old), value_of(old)
+    if not isinstance(val, torch.Tensor) or shape is None:
+        return
+    if not same_shape(shape, tuple(val.shape)) or val.dtype != held.dtype:
+        raise RewriteError(
+            f"{edit.pass_name} would change {old.name} from {held.dtype} {tuple(shape)} "
+            f"to {val.dtype} {tuple(val.shape)}",
+            at=where(old),
+            hint="a rewrite keeps the shape and dtype of the values others read",
+        )
+
+
+def _call_form(target: Any, given: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments in the shortest form that the schema allows: trailing defaults left out."""
+    positional = [a for a in target._schema.arguments if not a.kwarg_only]
+    keep = len(positional)
+    while keep and _is_default(positional[keep - 1], given[positional[keep - 1].name]):
+        keep -= 1
+    kwargs = {
+        a.name: given[a.name]
+        for a in target._schema.arguments
+        if a.kwarg_only and not _is_default(a, given[a.name])
+    }
+    return tuple(given[a.name] for a in positional[:keep]), kwargs
+
+
+def _is_default(argument: Any, value: Any) -> bool:
+    if isinstance(value, fx.Node) or not argument.has_default_value():
+        return False
+    return type(value) is type(argument.default_value) and bool(value == argument.default_value)
+
+
+def _nodes_in(tree: Any) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.node.map_arg(tree, found.append)
+    return found
+
+
+def _required_value(node: fx.Node) -> Any:
+    val = value_of(node)
+    if val is None:
+        raise RewriteError(f"{node.name} has no value to compute shapes from", at=where(node))
+    return val
+
+
+def _key(tree: Any) -> Any:
+    """A hashable description of fake arguments: shapes, strides and dtypes, not identities."""
+    if isinstance(tree, torch.Tensor):
+        sizes = tuple(str(s) for s in (*tree.shape, *tree.stride()))
+        return ("tensor", sizes, tree.ndim, tree.dtype, tree.device)
+    if isinstance(tree, (list, tuple)):
+        return tuple(_key(t) for t in tree)
+    if isinstance(tree, Mapping):
+        return tuple((k, _key(v)) for k, v in sorted(tree.items()))
+    return (type(tree), str(tree))
+
+

@@ -1,0 +1,191 @@
+"""Pipeline: run passes in the written order, check that order, report what fired and what did not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from torch import fx
+
+from lensfx.errors import LensError, PipelineError, RewriteError
+from lensfx.graph.node import module_path, where
+from lensfx.graph.program import Program, Rewrite, Stage, copy_graph, remove_dead
+from lensfx.rewrite.edit import Edit
+from lensfx.rewrite.fold import fold
+from lensfx.rewrite.match import Match, Miss, match, root_targets
+from lensfx.rewrite.pattern import Sites
+from lensfx.rewrite.rule import Pass, PassReport, Refusal, Rule
+
+__all__ = ["Pipeline", "apply"]
+
+
+class Pipeline:
+    """An ordered list of passes, run as written.
+
+    Raises: PipelineError if an entry is no pass, or stands before a pass that it needs.
+    """
+
+    def __init__(self, passes: Iterable[Pass], *, strict: bool = False) -> None:
+        self.passes = tuple(passes)
+        self.strict = strict
+        for entry in self.passes:
+            if not isinstance(entry, Pass):
+                raise PipelineError(
+                    f"{entry!r} is not a pass",
+                    hint="a pipeline takes instances such as passes.FoldNorm()",
+                )
+        _check_order(self.passes, ())
+
+    def run(self, program: Program) -> Program:
+        """The rewritten program, its weights folded; `program` itself is unchanged.
+
+        Raises: PipelineError if the program has been through passes that must come later, if a
+        pass fires another number of times than its `expect`, or, when `strict`, not at all.
+        """
+        return fold(self.rewrite(program))
+
+    def rewrite(self, program: Program, *, limit: int | None = None) -> Program:
+        """The rewritten program with weights still written as expressions over the old ones.
+
+        `limit` stops after that many rewrites: a prefix of the journal is a program.
+        """
+        _check_order(self.passes, program.reports)
+        start = len(program.journal)
+        if not program.stages or program.unfolded is not None:
+            first = (Stage("start", None, program.graph),)
+            program = replace(program, stages=first, unfolded=None)
+        for entry in self.passes:
+            left = None if limit is None else limit - (len(program.journal) - start)
+            program = apply(entry, program, left)
+            if limit is None:
+                self._check_count(entry, program.reports[-1])
+        return program
+
+    def _check_count(self, entry: Pass, report: PassReport) -> None:
+        fired, wanted = len(report.fired), entry.expect
+        if wanted is not None and fired != wanted:
+            problem = f"{entry.name} fired {fired} times, {wanted} expected"
+        elif self.strict and not fired:
+            problem = f"{entry.name} fired nowhere"
+        else:
+            return
+        places = [str(r) for r in report.refused[:3]] or ["no site was found"]
+        raise PipelineError(problem, at=places, hint="look at program.reports for every refusal")
+
+    def __repr__(self) -> str:
+        return f"Pipeline({list(self.passes)})"
+
+
+def _check_order(passes: tuple[Pass, ...], done: tuple[PassReport, ...]) -> None:
+    for i, entry in enumerate(passes):
+        late = [p.name for p in passes[i + 1 :] if p.name in entry.needs]
+        if late:
+            raise PipelineError(
+                f"{entry.name} stands before {late[0]}, which must run first",
+                hint=f"write {late[0]} before {entry.name}",
+            )
+    for report in done:
+        early = [p.name for p in passes if p.name in report.needs]
+        if early:
+            raise PipelineError(
+                f"{early[0]} must run before {report.name}, which this program has been through",
+                hint=f"start from the captured program and write {early[0]} before {report.name}",
+            )
+
+
+def apply(entry: Pass, program: Program, limit: int | None = None) -> Program:
+    """The program after one pass, or after its first `limit` rewrites."""
+    graph, _ = copy_graph(program.graph)
+    edit = Edit(graph, entry.name, first=len(program.journal))
+    working = program.with_graph(graph)
+    refused: list[Refusal] = []
+    for rule in entry.rules:
+        _sweep(rule, working, edit, refused, limit)
+    if edit.journal:
+        remove_dead(graph)
+        try:
+            graph.lint()
+        except RuntimeError as error:
+            raise RewriteError(f"{entry.name} left a broken graph: {error}") from error
+    else:
+        graph = program.graph
+    notes = tuple(
+        f"{need} has not run: sites only it brings into form are not seen"
+        for need in entry.needs
+        if need.startswith("canonical") and need not in program.passes
+    )
+    journal = _living(edit.journal, graph)
+    report = PassReport(entry.name, journal, _unique(refused), notes, entry.needs)
+    stages = program.stages
+    if edit.journal:
+        stages = (*stages, Stage(entry.name, entry, graph, journal))
+    return program.with_graph(
+        graph,
+        passes=(*program.passes, entry.name),
+        journal=(*program.journal, *journal),
+        reports=(*program.reports, report),
+        stages=stages,
+    )
+
+
+def _living(journal: list[Rewrite], graph: fx.Graph) -> tuple[Rewrite, ...]:
+    """The journal without claims on values that a later rewrite of the pass replaced in turn."""
+    names = {n.name for n in graph.nodes}
+    return tuple(
+        replace(entry, sites=tuple(s for s in entry.sites if s[1] in names)) for entry in journal
+    )
+
+
+def _sweep(
+    rule: Rule, program: Program, edit: Edit, refused: list[Refusal], limit: int | None
+) -> None:
+    for root, found in _found(rule, program):
+        if limit is not None and len(edit.journal) >= limit:
+            return
+        if isinstance(found, Miss):
+            if found.at_site:
+                refused.append(Refusal.at(root, module_path(root), found.reason, found.node))
+            continue
+        reason = rule.unless(found)
+        if reason is None:
+            _fire(rule, found, root, edit)
+        elif reason:
+            refused.append(Refusal.at(root, module_path(root), reason, root))
+
+
+def _found(rule: Rule, program: Program) -> Iterator[tuple[fx.Node, Match | Miss]]:
+    """Every root with what was found there, from the outputs backwards, as the graph is now."""
+    if isinstance(rule.pattern, Sites):
+        for site in list(rule.pattern.find(program)):
+            yield (site.node if isinstance(site, Miss) else site.root), site
+        return
+    targets = dict.fromkeys(root_targets(rule.pattern))
+    roots = [n for t in targets for n in _calls(program.graph, t)]
+    for root in sorted(roots, reverse=True):
+        if not root._erased:
+            yield root, match(rule.pattern, root, program)
+
+
+def _fire(rule: Rule, found: Match, root: fx.Node, edit: Edit) -> None:
+    place = where(root)
+    edit.begin(root, found.interior)
+    try:
+        rule.replace(found, edit)
+    except LensError:
+        raise
+    except Exception as error:
+        raise RewriteError(
+            f"{edit.pass_name} failed while rewriting: {type(error).__name__}: {error}",
+            at=place,
+            hint="let the rule's `unless` refuse this site",
+        ) from error
+    edit.commit()
+
+
+def _calls(graph: fx.Graph, target: Any) -> list[fx.Node]:
+    return list(graph.find_nodes(op="call_function", target=target, sort=False))
+
+
+def _unique(refused: list[Refusal]) -> tuple[Refusal, ...]:
+    return tuple(dict.fromkeys(refused))

@@ -1,0 +1,8 @@
+"""Run a program: hooks, caches, graphs specialised to a request."""
+
+from lensfx.run.cache import ActivationCache
+from lensfx.run.hooks import HookPoint
+from lensfx.run.lens import Lens
+from lensfx.run.wrap import default_passes, wrap
+
+__all__ = ["ActivationCache", "HookPoint", "Lens", "default_passes", "wrap"]

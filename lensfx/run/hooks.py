@@ -1,0 +1,108 @@
+"""Hook points at run time: what a user's function is given, and what it may give back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from lensfx.errors import HookError
+
+__all__ = ["Active", "HookFunction", "HookPoint", "visit"]
+
+HookFunction = Callable[[torch.Tensor, "HookPoint"], "torch.Tensor | None"]
+
+
+@dataclass(eq=False)
+class HookPoint:
+    """The second argument of a hook: `name`, and `ctx`, a dict that lives between runs."""
+
+    name: str
+    ctx: dict[str, Any] = field(default_factory=dict)
+
+    def layer(self) -> int:
+        """The block number in the name, `blocks.3.hook_resid_pre` -> 3.
+
+        Raises: HookError if the name has none.
+        """
+        found = re.search(r"(?:^|\.)(\d+)\.", self.name)
+        if found is None:
+            raise HookError(f"{self.name} belongs to no layer")
+        return int(found[1])
+
+    def clear_context(self) -> None:
+        """Empty `ctx`."""
+        self.ctx.clear()
+
+
+@dataclass(frozen=True)
+class Active:
+    """The functions of one run by hook name, in the order in which they are called."""
+
+    points: Mapping[str, HookPoint]
+    forward: Mapping[str, Sequence[HookFunction]]
+    backward: Mapping[str, Sequence[HookFunction]]
+
+
+def visit(value: torch.Tensor, name: str, active: Active) -> torch.Tensor:
+    """The value after every forward hook of `name`; its backward hooks are attached to it.
+
+    Raises: HookError if a hook returns anything but None or a tensor of the same shape, dtype and
+    device, or if a backward hook is asked for where no gradient flows.
+    """
+    point = active.points[name]
+    for hook in active.forward.get(name, ()):
+        result = hook(value, point)
+        if result is not None:
+            _check(value, result, name)
+            value = result
+    backward = active.backward.get(name, ())
+    if backward:
+        value = _with_backward(value, point, backward)
+    return value
+
+
+def _with_backward(
+    value: torch.Tensor, point: HookPoint, hooks: Sequence[HookFunction]
+) -> torch.Tensor:
+    if not value.requires_grad:
+        raise HookError(
+            f"{point.name} has no gradient: nothing before it requires one, or grad mode is off",
+            hint="run with gradients enabled and parameters or inputs that require them",
+        )
+    # A view of its own: a hook on the value itself would also see gradients of earlier readers.
+    value = value.view_as(value)
+
+    def run(grad: torch.Tensor) -> torch.Tensor:
+        for hook in hooks:
+            result = hook(grad, point)
+            if result is not None:
+                _check(grad, result, point.name)
+                grad = result
+        return grad
+
+    value.register_hook(run)
+    return value
+
+
+def _check(value: torch.Tensor, result: Any, name: str) -> None:
+    if not isinstance(result, torch.Tensor):
+        raise HookError(
+            f"the hook at {name} returned {type(result).__name__}, not a tensor or None",
+            hint="return None to leave the value alone",
+        )
+    got = (tuple(result.shape), result.dtype, result.device)
+    want = (tuple(value.shape), value.dtype, value.device)
+    if got != want:
+        raise HookError(
+            f"the hook at {name} returned {_kind(got)}, and the value is {_kind(want)}",
+            hint="return a tensor of the same shape, dtype and device",
+        )
+
+
+def _kind(facts: tuple[Any, ...]) -> str:
+    shape, dtype, device = facts
+    return f"{dtype} {list(shape)} on {device}"

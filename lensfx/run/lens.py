@@ -1,0 +1,257 @@
+"""Lens: a program that can be run, read and edited by name."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import fx, nn
+
+from lensfx.errors import HookError, LensError
+from lensfx.graph.network import to_networkx
+from lensfx.graph.program import Program
+from lensfx.report.report import Report
+from lensfx.run.axes import drop_batch, slice_positions
+from lensfx.run.cache import ActivationCache
+from lensfx.run.hooks import HookFunction, HookPoint
+from lensfx.run.module import as_module
+from lensfx.run.names import NameFilter, Names
+from lensfx.run.registry import Registry
+from lensfx.run.specialise import Request, Specialiser
+
+__all__ = ["Lens"]
+
+Hooks = Sequence[tuple[NameFilter, HookFunction]]
+
+
+class Lens:
+    """A wrapped model: call it as the model, read and edit any value by its hook name.
+
+    `program` is the rewritten graph, `report` what the passes did and how equal the result is.
+    """
+
+    def __init__(self, program: Program, report: Report | None = None) -> None:
+        self.program = program
+        self.report = report if report is not None else Report.of(program)
+        self._names = Names(program)
+        self._runs = Specialiser(program, self._names)
+        self._hooks = Registry(self._names)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model returns on this call, of the same type, under the hooks now attached.
+
+        Raises: GuardError if the captured graph is not the model on this call.
+        """
+        return self._run((), None, args, kwargs)[0]
+
+    @property
+    def hook_names(self) -> list[str]:
+        """Canonical names first, in the order of the run, then one native name per operator."""
+        return list(self._names.all)
+
+    def run_with_cache(
+        self,
+        *args: Any,
+        names_filter: NameFilter = None,
+        stop_at_layer: int | None = None,
+        pos_slice: slice | int | None = None,
+        incl_bwd: bool = False,
+        remove_batch_dim: bool = False,
+        device: torch.device | str | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, ActivationCache]:
+        """The model's result and the values of the names asked for; None keeps every name.
+
+        `stop_at_layer=n` returns the stream before block n and computes nothing behind it.
+        `incl_bwd` runs `backward` from the scalar result and adds gradients as `name_grad`.
+
+        Raises: UnknownNameError, and LensError where a value lies behind the stop.
+        """
+        stop = self._stop(stop_at_layer)
+        names = self._kept(names_filter, stop)
+        grads: dict[str, torch.Tensor] = {}
+        keep_grads = self._collector(names, grads) if incl_bwd else {}
+        out, values = self._run(tuple(names), stop, args, kwargs, keep_grads)
+        if incl_bwd:
+            _scalar(out).backward()
+        kept = {name: value.detach() for name, value in zip(names, values, strict=True)}
+        kept |= {f"{name}_grad": grads[name] for name in names if name in grads}
+        kept = {k: slice_positions(self.program, self._names, k, v, pos_slice) for k, v in kept.items()}
+        if remove_batch_dim:
+            kept = {k: drop_batch(self.program, self._names, k, v) for k, v in kept.items()}
+        if device is not None:
+            kept = {k: v.to(device) for k, v in kept.items()}
+        return out, ActivationCache(kept, self._names.all)
+
+    def run_with_hooks(
+        self,
+        *args: Any,
+        fwd_hooks: Hooks = (),
+        bwd_hooks: Hooks = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """The model's result with these hooks attached for this one call.
+
+        A hook is `fn(value, hook)`; it returns None to look only, or the value to put in place.
+        """
+        with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
+            return self(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def hooks(
+        self,
+        fwd_hooks: Hooks = (),
+        bwd_hooks: Hooks = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+    ) -> Iterator[Lens]:
+        """Attach hooks inside a `with` block; blocks can be nested."""
+        handles = []
+        checked = [(self._hooks.check(n, f), f, "fwd") for n, f in fwd_hooks]
+        checked += [(self._hooks.check(n, f), f, "bwd") for n, f in bwd_hooks]
+        try:
+            for names, fn, direction in checked:
+                handles.append(self._hooks.add(names, fn, direction))
+            yield self
+        finally:
+            if reset_hooks_end:
+                for handle in handles:
+                    self._hooks.remove(handle)
+            if clear_contexts:
+                self._hooks.clear_contexts()
+
+    def add_hook(
+        self,
+        name: NameFilter,
+        fn: HookFunction,
+        dir: str = "fwd",
+        is_permanent: bool = False,
+        level: int | None = None,
+        prepend: bool = False,
+    ) -> None:
+        """Attach a hook to a name, a list of names, or all names a predicate holds for.
+
+        It stays until `reset_hooks`; a permanent one until `reset_hooks(including_permanent=True)`.
+
+        Raises: UnknownNameError, HookError for what is not callable or no direction.
+        """
+        names = self._hooks.check(name, fn)
+        self._hooks.add(names, fn, dir, is_permanent, prepend)
+
+    def reset_hooks(
+        self, clear_contexts: bool = True, direction: str = "both", including_permanent: bool = False
+    ) -> None:
+        """Detach every hook added with `add_hook`."""
+        self._hooks.reset(direction, including_permanent)
+        if clear_contexts:
+            self._hooks.clear_contexts()
+
+    @cached_property
+    def module(self) -> fx.GraphModule:
+        """The recompiled graph as a GraphModule with the model's own signature, hooks as identities."""
+        return as_module(self.program)
+
+    def to_networkx(self, component: str = "ops") -> nx.MultiDiGraph:
+        """The computation as a directed multigraph, one node a value.
+
+        Raises: LensError for a component that is not there.
+        """
+        if component != "ops":
+            raise LensError(f"there is no component graph of {component!r}", hint="component='ops'")
+        return to_networkx(self.program)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Each trainable tensor once: the model's own objects, save those that a pass folded."""
+        return self.program.parameters()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The tensors of the program by name."""
+        return {name: t.detach() for name, t in self.program.tensors.items()}
+
+    def __repr__(self) -> str:
+        names = self._names
+        return (
+            f"Lens({self.program.source.model}: {len(names.canonical)} canonical and "
+            f"{len(names.all) - len(names.canonical)} native hook points)"
+        )
+
+    def _run(
+        self,
+        keep: tuple[str, ...],
+        stop: str | None,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        grads: Mapping[str, HookFunction] | None = None,
+    ) -> tuple[Any, tuple[torch.Tensor, ...]]:
+        tensors = self.program.signature.bind(args, kwargs)
+        self.program.guards.check(tensors)
+        active = self._hooks.active(grads or {})
+        edited = frozenset(active.forward) | frozenset(active.backward)
+        if stop is not None:
+            upstream = self._runs.upstream(stop)
+            edited = frozenset(n for n in edited if self._names.places[n].node in upstream)
+        run = self._runs(Request(keep, edited, stop))
+        flat = run(tensors, active)
+        results, values = flat[: run.results], flat[run.results :]
+        out = results[0] if stop is not None else self.program.signature.unflatten(list(results))
+        return out, values
+
+    def _stop(self, layer: int | None) -> str | None:
+        if layer is None:
+            return None
+        blocks = [n for n in self._names.canonical if n.endswith(".hook_resid_pre")]
+        if not blocks:
+            raise LensError(
+                "stop_at_layer needs a residual stream, and none was found in this model",
+                hint="look at lens.report for where the search ended",
+            )
+        count = len(blocks)
+        index = layer + count if layer < 0 else layer
+        if not 0 <= index <= count:
+            raise LensError(f"stop_at_layer={layer}, but there are {count} blocks")
+        if index == count:
+            return f"blocks.{count - 1}.hook_resid_post"
+        return f"blocks.{index}.hook_resid_pre"
+
+    def _kept(self, wanted: NameFilter, stop: str | None) -> list[str]:
+        names = self._names.resolve(wanted)
+        if stop is None:
+            return names
+        upstream = self._runs.upstream(stop)
+        inside = [n for n in names if self._names.places[n].node in upstream]
+        explicit = wanted is not None and not callable(wanted)
+        if explicit and len(inside) < len(names):
+            late = next(n for n in names if n not in inside)
+            raise LensError(
+                f"{late} is not computed before {stop}, where this run stops",
+                hint="ask for a later stop_at_layer, or for names before it",
+            )
+        return inside
+
+    def _collector(
+        self, names: Sequence[str], grads: dict[str, torch.Tensor]
+    ) -> dict[str, HookFunction]:
+        def collect(grad: torch.Tensor, hook: HookPoint) -> None:
+            grads[hook.name] = grad.detach()
+
+        live = self._runs.upstream_of_outputs()
+        return {n: collect for n in names if self._names.places[n].node in live}
+
+
+def _scalar(out: Any) -> torch.Tensor:
+    flat = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
+    scalars = [t for t in flat if t.ndim == 0 and t.requires_grad]
+    if len(scalars) != 1:
+        raise HookError(
+            f"incl_bwd needs one scalar result to start from; this call has {len(scalars)}",
+            hint="call with labels or targets so that the model returns a loss",
+        )
+    return scalars[0]
+
+

@@ -1,0 +1,91 @@
+"""The hooks attached to a lens: who is called where, in which order, and for how long."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lensfx.errors import HookError
+from lensfx.run.hooks import Active, HookFunction, HookPoint
+from lensfx.run.names import NameFilter, Names
+
+__all__ = ["Registry"]
+
+DIRECTIONS = ("fwd", "bwd")
+
+
+@dataclass(eq=False)
+class _Attached:
+    names: tuple[str, ...]
+    fn: HookFunction
+    direction: str
+    permanent: bool
+
+
+class Registry:
+    """Attached hooks in calling order, and one HookPoint per name."""
+
+    def __init__(self, names: Names) -> None:
+        self._names = names
+        self._attached: list[_Attached] = []
+        self._points: dict[str, HookPoint] = {}
+
+    def check(self, name: NameFilter, fn: Any) -> tuple[str, ...]:
+        """The names a hook is for; nothing is attached yet.
+
+        Raises: UnknownNameError, or HookError if `fn` cannot be called.
+        """
+        if not callable(fn):
+            raise HookError(
+                f"a hook is a function of (value, hook), not {type(fn).__name__}",
+                hint="pass lambda value, hook: ...",
+            )
+        return tuple(self._names.resolve(name))
+
+    def add(
+        self,
+        names: tuple[str, ...],
+        fn: HookFunction,
+        direction: str = "fwd",
+        permanent: bool = False,
+        prepend: bool = False,
+    ) -> _Attached:
+        """Attach a checked hook and return the handle that removes it."""
+        if direction not in DIRECTIONS:
+            raise HookError(f"dir={direction!r} is no direction", hint="dir='fwd' or dir='bwd'")
+        entry = _Attached(names, fn, direction, permanent)
+        self._attached.insert(0 if prepend else len(self._attached), entry)
+        return entry
+
+    def remove(self, entry: _Attached) -> None:
+        """Detach one hook; the others stay."""
+        self._attached = [e for e in self._attached if e is not entry]
+
+    def reset(self, direction: str, including_permanent: bool) -> None:
+        """Detach all hooks of a direction (`fwd`, `bwd` or `both`)."""
+        if direction not in (*DIRECTIONS, "both"):
+            raise HookError(f"direction={direction!r} is none", hint="'fwd', 'bwd' or 'both'")
+        self._attached = [
+            e
+            for e in self._attached
+            if (e.permanent and not including_permanent)
+            or (direction != "both" and e.direction != direction)
+        ]
+
+    def clear_contexts(self) -> None:
+        """Empty the context of every hook point."""
+        for point in self._points.values():
+            point.clear_context()
+
+    def active(self, collect: Mapping[str, HookFunction]) -> Active:
+        """The hooks of one run; `collect` are backward hooks called after all others."""
+        calls: dict[str, dict[str, list[HookFunction]]] = {d: {} for d in DIRECTIONS}
+        for entry in self._attached:
+            for name in entry.names:
+                calls[entry.direction].setdefault(name, []).append(entry.fn)
+        for name, fn in collect.items():
+            calls["bwd"].setdefault(name, []).append(fn)
+        for name in {*calls["fwd"], *calls["bwd"]}:
+            self._points.setdefault(name, HookPoint(name))
+        return Active(self._points, calls["fwd"], calls["bwd"])

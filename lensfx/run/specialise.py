@@ -1,0 +1,178 @@
+"""A request becomes a graph with only the nodes it needs, compiled once and kept."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from lensfx.graph.compiled import closure, compiled
+from lensfx.graph.node import argument, is_op
+from lensfx.graph.ops import is_hook, is_random, writes
+from lensfx.graph.program import Program
+from lensfx.run.hooks import Active, visit
+from lensfx.run.names import Names, Place
+
+__all__ = ["Request", "Run", "Specialiser"]
+
+aten = torch.ops.aten
+KEPT = 32
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one run is asked for: names to keep, names with hooks, and where to stop."""
+
+    keep: tuple[str, ...] = ()
+    edit: frozenset[str] = frozenset()
+    stop: str | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A compiled request: `call(*tensors, active)` gives results, then kept values, as one tuple."""
+
+    forward: Callable[..., tuple[Any, ...]]
+    weights: tuple[torch.Tensor, ...]
+    results: int
+    nodes: int
+
+    def __call__(self, tensors: Sequence[torch.Tensor], active: Active) -> tuple[Any, ...]:
+        """The flat results and the kept values of one run."""
+        return self.forward(None, *tensors, *self.weights, active)
+
+
+class Specialiser:
+    """Derives and remembers a graph for each kind of request; the latest `KEPT` of them."""
+
+    def __init__(self, program: Program, names: Names) -> None:
+        self._program = program
+        self._names = names
+        self._runs: OrderedDict[Request, Run] = OrderedDict()
+
+    def __call__(self, request: Request) -> Run:
+        """The compiled graph for a request."""
+        run = self._runs.get(request)
+        if run is None:
+            run = self._runs[request] = _Derivation(self._program, self._names, request).run()
+            if len(self._runs) > KEPT:
+                self._runs.popitem(last=False)
+        self._runs.move_to_end(request)
+        return run
+
+    def upstream(self, name: str) -> set[fx.Node]:
+        """Every node that the value of a name depends on, itself included."""
+        return closure([self._names.places[name].node])
+
+    def upstream_of_outputs(self) -> set[fx.Node]:
+        """Every node that some result of the model depends on."""
+        return closure([self._program.graph.output_node()])
+
+
+class _Derivation:
+    def __init__(self, program: Program, names: Names, request: Request) -> None:
+        self.program, self.names, self.request = program, names, request
+        self.graph = fx.Graph()
+        self.env: dict[fx.Node, fx.Node] = {}
+        self.values: dict[str, fx.Node] = {}
+        self.weights: list[str] = []
+        wanted = (*request.keep, *sorted(request.edit))
+        self.at: dict[fx.Node, list[str]] = {}
+        for name in dict.fromkeys(wanted):
+            self.at.setdefault(names.places[name].node, []).append(name)
+
+    def run(self) -> Run:
+        results = self._results()
+        roots = [n for n in results if isinstance(n, fx.Node)] + list(self.at)
+        if self.request.stop is None:
+            roots += [n for n in self.program.graph.nodes if _has_effect(n)]
+        needed = closure(roots)
+        self._interface(needed)
+        for node in self.program.graph.nodes:
+            if node in needed and node.op == "call_function":
+                self.env[node] = self._copy(node)
+        out = [self.env[r] if isinstance(r, fx.Node) else r for r in results]
+        out += [self.values[name] for name in self.request.keep]
+        self.graph.output(tuple(out))
+        tensors = tuple(self.program.tensors[name] for name in self.weights)
+        count = sum(n.op == "call_function" for n in self.graph.nodes)
+        return Run(compiled(self.graph), tensors, len(results), count)
+
+    def _results(self) -> list[Any]:
+        if self.request.stop is not None:
+            place = self.names.places[self.request.stop]
+            return [place.node]
+        return list(self.program.graph.output_node().args[0])  # type: ignore[arg-type]
+
+    def _interface(self, needed: set[fx.Node]) -> None:
+        """Inputs, then the weights the needed nodes read, then the hooks, all as arguments."""
+        nodes = list(self.program.graph.nodes)
+        for node in nodes:
+            if node.op == "placeholder":
+                self.env[node] = self.graph.placeholder(node.name)
+        for node in nodes:
+            if node.op == "get_attr" and node in needed:
+                self.env[node] = self.graph.placeholder(node.name)
+                self.weights.append(str(node.target))
+        self.active = self.graph.placeholder("lensfx_active")
+
+    def _copy(self, node: fx.Node) -> fx.Node:
+        names = self.at.get(node, [])
+        if is_hook(node):
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            value = self.env[source]
+        else:
+            value = self.graph.node_copy(node, lambda n: self.env[n])
+        for name in names:
+            place = self.names.places[name]
+            value = self._scale(place, value, name) if place.is_scale else self._visit(value, name)
+        return value
+
+    def _visit(self, value: fx.Node, name: str) -> fx.Node:
+        if name in self.request.edit:
+            value = self.graph.call_function(visit, (value, name, self.active))
+        self.values[name] = value
+        return value
+
+    def _scale(self, place: Place, normed: fx.Node, name: str) -> fx.Node:
+        norm = place.node
+        source = self.env[argument(norm, "input")]
+        centred = is_op(norm, aten.layer_norm.default)
+        axes = len(argument(norm, "normalized_shape"))
+        eps = argument(norm, "eps")
+        scale = self.graph.call_function(divisor, (source, axes, eps, centred))
+        seen = self._visit(scale, name)
+        if seen is scale:
+            return normed
+        shift = argument(norm, "bias") if centred else None
+        shifted = self.env[shift] if isinstance(shift, fx.Node) else None
+        return self.graph.call_function(rescaled, (normed, scale, seen, shifted))
+
+
+def divisor(x: torch.Tensor, axes: int, eps: float | None, centred: bool) -> torch.Tensor:
+    """What a norm over the last `axes` axes divides by, [batch, pos, 1]."""
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    over = tuple(range(-axes, 0))
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    spread = wide.var(over, correction=0, keepdim=True) if centred else wide.pow(2).mean(over, True)
+    return (spread + eps).sqrt().to(x.dtype)
+
+
+def rescaled(
+    normed: torch.Tensor, scale: torch.Tensor, seen: torch.Tensor, shift: torch.Tensor | None
+) -> torch.Tensor:
+    """A norm's output as if it had divided by `seen` in place of `scale`."""
+    if seen is scale:
+        return normed
+    if shift is None:
+        return normed * (scale / seen)
+    return (normed - shift) * (scale / seen) + shift
+
+
+def _has_effect(node: fx.Node) -> bool:
+    return node.op == "call_function" and bool(writes(node) or is_random(node))

@@ -1,0 +1,64 @@
+"""wrap: the one call from a model to a lens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from lensfx.capture import capture
+from lensfx.errors import PipelineError
+from lensfx.report.report import Report
+from lensfx.rewrite.pipeline import Pipeline
+from lensfx.rewrite.rule import Pass
+from lensfx.run.lens import Lens
+from lensfx.verify.prove import prove
+
+__all__ = ["default_passes", "wrap"]
+
+
+def default_passes() -> tuple[Pass, ...]:
+    """The passes of `wrap`, in order: canonical forms, folds, centring, hook points."""
+    from lensfx import passes as p
+
+    return (
+        p.CanonicalLinear(),
+        p.CanonicalNorm(),
+        p.FoldNorm(),
+        p.CenterUnembed(),
+        p.InsertHooks(),
+    )
+
+
+def wrap(
+    model: nn.Module,
+    *args: Any,
+    passes: str | Iterable[Pass] | None = "default",
+    verify: bool = True,
+    **kwargs: Any,
+) -> Lens:
+    """The model as a lens, captured on one example call, rewritten, and proved equivalent.
+
+    `passes="default"` brings the graph to canonical form, folds norms and centres the
+    unembedding; `None` only inserts hook points, so every value is bitwise the model's; a tuple
+    runs exactly those passes, then inserts hook points. `verify=False` skips the proof. The model
+    is left as it was, and the lens reads its very parameters where no pass changed them.
+
+    Raises: CaptureError, PipelineError, and ContractError if a pass breaks its contract.
+    """
+    pipeline = Pipeline(_chosen(passes))
+    program = pipeline.run(capture(model, *args, **kwargs))
+    return Lens(program, Report.of(program, prove(program) if verify else None))
+
+
+def _chosen(passes: str | Iterable[Pass] | None) -> tuple[Pass, ...]:
+    *others, hooks = default_passes()
+    if passes is None:
+        return (hooks,)
+    if isinstance(passes, str):
+        if passes != "default":
+            raise PipelineError(f"passes={passes!r} is unknown", hint="passes='default' or None")
+        return (*others, hooks)
+    given = tuple(passes)
+    return given if any(p == hooks for p in given) else (*given, hooks)

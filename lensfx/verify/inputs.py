@@ -1,0 +1,169 @@
+"""Inputs that are hard on a rewrite, and weights moved off the values that hide faults."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from lensfx.analysis.unembed import table_and_ids, token_tables
+from lensfx.errors import GuardError
+from lensfx.graph.node import shape_of
+from lensfx.graph.program import Program
+
+__all__ = ["Scenario", "hard_inputs", "scenarios"]
+
+# Small on purpose: a wrong rewrite is wrong at every size, and float64 runs should stay cheap.
+LARGEST = 8
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One way to run a program: its inputs, and its weights by name in float64."""
+
+    name: str
+    inputs: tuple[torch.Tensor, ...]
+    weights: dict[str, torch.Tensor]
+
+
+def hard_inputs(program: Program, seed: int = 0) -> list[tuple[torch.Tensor, ...]]:
+    """Calls the program accepts: small sizes, batch 1, position 1; random and constant rows.
+
+    Token ids are drawn over the whole table, other integers and masks from the example's own
+    values, floats at the example's scale.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found = [_drawn(program, sizes, generator) for sizes in _sizes(program)]
+    accepted = [tensors for tensors in found if _accepted(program, tensors)]
+    return accepted or [tuple(t.clone() for t in program.example)]
+
+
+def _sizes(program: Program) -> Iterator[dict[str, int]]:
+    """Sizes by symbol: as in the example but small, and with each symbol at 1."""
+    base: dict[str, int] = {}
+    for axis in program.guards.dynamic:
+        size = program.example[axis.leaf].shape[axis.axis]
+        wide = max(size, axis.low, 2 + axis.axis * 3)
+        base.setdefault(str(axis.symbol), max(min(wide, LARGEST, axis.high), axis.low))
+    yield base
+    for symbol in base:
+        yield {**base, symbol: 1}
+    # The example's own sizes come last: relations between sizes hold there for sure.
+    yield {
+        str(a.symbol): program.example[a.leaf].shape[a.axis] for a in program.guards.dynamic
+    }
+
+
+def _drawn(
+    program: Program, sizes: dict[str, int], generator: torch.Generator
+) -> tuple[torch.Tensor, ...]:
+    rows = _table_rows(program)
+    placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
+    drawn = []
+    for leaf, (node, example) in enumerate(zip(placeholders, program.example, strict=True)):
+        axes = [a for a in program.guards.axes if a.leaf == leaf]
+        shape = [
+            sizes.get(str(a.symbol), example.shape[a.axis]) if a.symbol else example.shape[a.axis]
+            for a in axes
+        ]
+        drawn.append(_values(example, shape, rows.get(node), generator))
+    return tuple(drawn)
+
+
+def _values(
+    example: torch.Tensor, shape: Sequence[int], rows: int | None, generator: torch.Generator
+) -> torch.Tensor:
+    if example.is_floating_point():
+        scale = example.float().std().item() if example.numel() > 1 else 1.0
+        noise = torch.randn(list(shape), generator=generator, dtype=torch.float64)
+        return (noise * (scale or 1.0)).to(example.dtype)
+    if rows is not None:
+        ids = torch.randint(0, rows, list(shape), generator=generator).to(example.dtype)
+        if ids.ndim > 1 and ids.shape[0] > 1:
+            ids[-1] = ids[-1, 0]
+        return ids
+    resized = example
+    for axis, size in enumerate(shape):
+        if example.shape[axis]:
+            index = torch.arange(size) % example.shape[axis]
+            resized = resized.index_select(axis, index)
+    return resized.clone()
+
+
+def _table_rows(program: Program) -> dict[fx.Node, int]:
+    """For each input that is a token id, how many rows the smallest table it indexes has."""
+    rows: dict[fx.Node, int] = {}
+    for node in token_tables(program):
+        found = table_and_ids(node)
+        assert found is not None
+        table, source = found
+        while source.op == "call_function":
+            source = source.args[0]  # type: ignore[assignment]
+        size = (shape_of(table) or (0,))[0]
+        rows[source] = min(int(size), rows.get(source, int(size)))
+    return rows
+
+
+def _accepted(program: Program, tensors: Sequence[torch.Tensor]) -> bool:
+    try:
+        program.guards.check(tensors)
+    except GuardError:
+        return False
+    return True
+
+
+def scenarios(program: Program, seed: int = 0) -> Iterator[Scenario]:
+    """The program under hard inputs and hard weights.
+
+    Weights: the model's own; moved, so that no gain is 1 and no bias 0; moved with token tables
+    scaled to a thousandth, where eps shows; moved with one channel of them 500 times as large.
+    """
+    inputs = hard_inputs(program, seed)
+    own = {name: _wide(t) for name, t in program.tensors.items()}
+    for i, tensors in enumerate(inputs):
+        yield Scenario(f"own weights, call {i}", tensors, own)
+    del own
+    moved = _moved(program, seed)
+    yield Scenario("moved weights", inputs[0], moved)
+    tables = _table_names(program)
+    if tables:
+        tiny = {n: w * 1e-3 if n in tables else w for n, w in moved.items()}
+        yield Scenario("tiny embeddings", inputs[0], tiny)
+        outlier = {n: _with_outlier(w) if n in tables else w for n, w in moved.items()}
+        yield Scenario("an outlier channel", inputs[0], outlier)
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.is_complex():
+        return tensor.detach().to(torch.complex128)
+    return tensor.detach().double() if tensor.is_floating_point() else tensor.detach()
+
+
+def _moved(program: Program, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed + 1)
+    known: dict[int, torch.Tensor] = {}
+    for tensor in program.tensors.values():
+        wide = _wide(tensor)
+        if id(tensor) not in known and isinstance(tensor, torch.nn.Parameter):
+            noise = torch.randn(wide.shape, generator=generator, dtype=torch.float64)
+            spread = 0.1 * wide.abs().mean() + (0.1 if wide.ndim < 2 else 0.0)
+            wide = wide + noise.to(wide.dtype) * spread
+        known.setdefault(id(tensor), wide)
+    return {name: known[id(tensor)] for name, tensor in program.tensors.items()}
+
+
+def _with_outlier(table: torch.Tensor) -> torch.Tensor:
+    changed = table.clone()
+    changed[:, 0] *= 500
+    return changed
+
+
+def _table_names(program: Program) -> set[str]:
+    found = set()
+    for node in token_tables(program):
+        pair = table_and_ids(node)
+        if pair is not None and pair[0].op == "get_attr":
+            found.add(str(pair[0].target))
+    return found

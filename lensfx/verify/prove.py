@@ -1,0 +1,238 @@
+"""Prove a rewritten program: each pass against the graph before it, at every site and output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from lensfx.errors import ContractError
+from lensfx.graph.compiled import probe
+from lensfx.graph.program import Program, Rewrite, Stage
+from lensfx.rewrite.pipeline import apply
+from lensfx.verify.compare import Difference, drift
+from lensfx.verify.contract import Exact, Observes
+from lensfx.verify.inputs import Scenario, hard_inputs, scenarios
+from lensfx.verify.oracle import Float64
+
+__all__ = ["Equivalence", "PassProof", "prove"]
+
+
+@dataclass(frozen=True)
+class PassProof:
+    """The figures of one pass: worst relative error in float64 at its sites and at the outputs."""
+
+    name: str
+    contract: Any
+    rewrites: int
+    site_error: float
+    output_error: float
+    calls: int
+
+
+@dataclass(frozen=True)
+class Equivalence:
+    """What was proved: one entry a pass, and the drift of the result in the model's own dtype.
+
+    `drift` is the error of the rewritten model as a multiple of the model's own rounding noise,
+    both against float64; 1 is as good as it gets. `folded` is the largest difference between a
+    folded parameter and its formula, in roundings of its dtype.
+    """
+
+    passes: tuple[PassProof, ...]
+    drift: float
+    folded: float
+
+    @property
+    def worst(self) -> float:
+        """The largest relative float64 error of all sites and outputs."""
+        return max((max(p.site_error, p.output_error) for p in self.passes), default=0.0)
+
+
+def prove(program: Program, seed: int = 0) -> Equivalence:
+    """The figures of the proof that `program` is what its passes claim.
+
+    Every pass that fired is checked against the graph before it: in float64, over hard inputs
+    and hard weights, at each value the rewrites claim to keep and at the outputs. Passes that
+    only observe are checked bitwise in the model's own dtype.
+
+    Raises: ContractError naming the guilty rewrite, found by bisection over the journal.
+    """
+    base = program.unfolded or program
+    proofs = []
+    for before, after in zip(base.stages, base.stages[1:], strict=False):
+        proofs.append(_prove_pass(base, before, after, seed))
+    return Equivalence(tuple(proofs), _drift(base, program, seed), _folded(program))
+
+
+@dataclass(frozen=True)
+class _Finding:
+    """The worst difference at one value of one scenario."""
+
+    difference: Difference
+    rewrite: Rewrite | None
+    value: str
+    scenario: str
+
+
+def _prove_pass(base: Program, before: Stage, after: Stage, seed: int) -> PassProof:
+    contract = after.entry.contract
+    runs = list(_runs(base, contract, seed))
+    site_error = output_error = 0.0
+    for scenario in runs:
+        for finding in _findings(base, before, after, scenario):
+            error = finding.difference.error
+            if error > contract.bound and error > _allowed(base, before, scenario, finding):
+                raise _broken(base, before, after, scenario, finding)
+            if finding.rewrite is None:
+                output_error = max(output_error, error)
+            else:
+                site_error = max(site_error, error)
+    return PassProof(
+        after.name, contract, len(after.rewrites), site_error, output_error, len(runs)
+    )
+
+
+def _runs(base: Program, contract: Any, seed: int) -> Iterable[Scenario]:
+    if not isinstance(contract, Observes):
+        return scenarios(base, seed)
+    own = dict(base.tensors)
+    return (Scenario("as it is", inputs, own) for inputs in hard_inputs(base, seed))
+
+
+def _findings(
+    base: Program, before: Stage, after: Stage, scenario: Scenario
+) -> Iterable[_Finding]:
+    contract = after.entry.contract
+    pairs = [(rewrite, old, new) for rewrite in after.rewrites for old, new in rewrite.sites]
+    exact = isinstance(contract, Observes)
+    left = _run(before, [old for _, old, _ in pairs], scenario, exact)
+    right = _run(after, [new for _, _, new in pairs], scenario, exact)
+    count = len(base.signature.outputs)
+    moved = {k for rewrite in after.rewrites for k in rewrite.shifted}
+    for i, (rewrite, _, new) in enumerate(pairs):
+        if isinstance(left[count + i], torch.Tensor):
+            rule = contract if rewrite.shifted or exact else Exact()
+            difference = rule.compare(left[count + i], right[count + i])
+            yield _Finding(difference, rewrite, f"%{new}", scenario.name)
+    for k, name in enumerate(base.signature.outputs):
+        if isinstance(left[k], torch.Tensor):
+            rule = contract if k in moved or exact else Exact()
+            yield _Finding(rule.compare(left[k], right[k]), None, name, scenario.name)
+
+
+def _run(stage: Stage, names: Sequence[str], scenario: Scenario, exact: bool) -> list[Any]:
+    function, weights = probe(stage.graph, names)
+    values = [scenario.weights[w] for w in weights]
+    inputs = [t.clone() for t in scenario.inputs]
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        if exact:
+            return list(function(None, *inputs, *values))
+        with Float64() as oracle:
+            return list(oracle.read(function(None, *inputs, *values)))
+
+
+def _allowed(base: Program, before: Stage, scenario: Scenario, finding: _Finding) -> float:
+    """A hundred times what one float64 rounding of every weight does to the same value."""
+    if isinstance(finding.difference.error, float) and finding.difference.error > 1e-6:
+        return 0.0
+    generator = torch.Generator().manual_seed(5)
+
+    def nudged(weight: torch.Tensor) -> torch.Tensor:
+        if not weight.is_floating_point():
+            return weight
+        sign = torch.randint(0, 2, weight.shape, generator=generator) * 2 - 1
+        return weight * (1 + sign * torch.finfo(torch.float64).eps)
+
+    moved = replace(scenario, weights={k: nudged(w) for k, w in scenario.weights.items()})
+    names: list[str] = []
+    if finding.rewrite is not None:
+        names = [old for old, new in finding.rewrite.sites if f"%{new}" == finding.value]
+    left, right = (_run(before, names, s, False) for s in (scenario, moved))
+    index = len(base.signature.outputs) if names else base.signature.outputs.index(finding.value)
+    return 100 * Exact().compare(left[index], right[index]).error
+
+
+def _broken(
+    base: Program, before: Stage, after: Stage, scenario: Scenario, finding: _Finding
+) -> ContractError:
+    contract = after.entry.contract
+    guilty = _bisect(base, before, after, scenario)
+    d = finding.difference
+    place = "first differing output" if finding.rewrite is None else "first differing value"
+    index = ", ".join(map(str, d.index))
+    return ContractError(
+        f"{after.name} broke its contract {contract.name}: {finding.value} differs by "
+        f"{d.error:.1e} relative in float64 (bound {contract.bound:.0e})",
+        at=[
+            f"{guilty}  (rewrite {guilty.index} of {len(base.journal)})",
+            f"{place}: {finding.value}[{index}]   before {d.reference:.6g}   "
+            f"after {d.candidate:.6g}   under {scenario.name}",
+        ],
+        hint=f"run the passes up to the one before {after.name} and look at that site",
+    )
+
+
+def _bisect(base: Program, before: Stage, after: Stage, scenario: Scenario) -> Rewrite:
+    """The first rewrite of the pass whose prefix of the journal breaks the contract."""
+    start = replace(base, graph=before.graph, stages=(before,), journal=())
+    low, high = 0, len(after.rewrites)
+    while high - low > 1:
+        middle = (low + high) // 2
+        prefix = apply(after.entry, start, middle).stages[-1]
+        bound = after.entry.contract.bound
+        broken = any(
+            f.difference.error > bound for f in _findings(base, before, prefix, scenario)
+        )
+        low, high = (low, middle) if broken else (middle, high)
+    return after.rewrites[high - 1]
+
+
+def _drift(base: Program, program: Program, seed: int) -> float:
+    """The worst ratio over the outputs of the result's rounding noise to the model's own.
+
+    Each is measured against its own float64 value: a rewrite may move an output within its gauge.
+    """
+    if not base.stages:
+        return 1.0
+    inputs = hard_inputs(base, seed)[0]
+    own = Scenario("own weights", inputs, dict(base.tensors))
+    first, last = base.stages[0], base.stages[-1]
+    folded = Scenario("folded weights", inputs, dict(program.tensors))
+    model, exact = _run(first, [], own, True), _run(first, [], own, False)
+    result = _run(Stage("folded", None, program.graph), [], folded, True)
+    moved = _run(last, [], own, False)
+    ratios = [
+        drift(m, e + (r.double() - x), e)
+        for m, r, e, x in zip(model, result, exact, moved, strict=True)
+        if isinstance(m, torch.Tensor) and m.is_floating_point()
+    ]
+    return max(ratios, default=1.0)
+
+
+def _folded(program: Program) -> float:
+    """The largest distance of a folded parameter from its formula, in roundings of its dtype."""
+    if program.unfolded is None:
+        return 0.0
+    worst = 0.0
+    for name, formula in program.formulas.items():
+        stored = program.tensors[name]
+        if not all(s in program.unfolded.tensors for s in formula.sources):
+            continue
+        function, weights = probe(formula.graph, [])
+        values = [program.unfolded.tensors[w] for w in weights]
+        with Float64() as oracle:
+            exact = oracle.read(function(None, *values))[0]
+        scale = exact.abs().clamp_min(torch.finfo(stored.dtype).tiny)
+        error = (stored.detach().double() - exact).abs() / scale / torch.finfo(stored.dtype).eps
+        worst = max(worst, float(error.max()) if error.numel() else 0.0)
+        if worst > 4:
+            raise ContractError(
+                f"the folded parameter {name} is {worst:.1e} roundings away from its formula",
+                at=f"{name} = {formula.text}",
+                hint="this is a fault of lensfx; please report it with the model",
+            )
+    return worst

@@ -1,0 +1,85 @@
+"""Take the mean over the vocabulary out of the unembedding.
+
+    W' = W - mean over rows of W      b' = b - mean of b            W: [vocab, d]   b: [vocab]
+
+All logits of a position move by one number, which softmax cannot see. Legal only where nothing
+else can either: the walk from the logits to the outputs must end in softmax, log-softmax, cross
+entropy, or an output that the contract lets move.
+
+Leaves alone: a head behind which a soft cap, a threshold or another reader sees the shift, and a
+linear output that nothing shows to be logits over a vocabulary (name it: `output=0`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from lensfx.analysis import Head, Proof, dead, heads
+from lensfx.graph import Program, argument, shape_of
+from lensfx.rewrite import Edit, Match, Miss, Pass, Rule, Sites
+from lensfx.verify import UpToLogitShift
+
+aten = torch.ops.aten
+
+
+def found_by(output: int | None) -> Rule:
+    """The rule for the head of one flat output, or for every head with evidence."""
+
+    def find(program: Program) -> Iterator[Match | Miss]:
+        for head in heads(program):
+            yield site(program, head, output)
+
+    return Rule(Sites(find), unless, replace)
+
+
+def site(program: Program, head: Head, output: int | None) -> Match | Miss:
+    evidence = f"output {output} was named" if output in head.outputs else head.evidence
+    if not evidence:
+        words = "nothing says that it gives logits over a vocabulary; name its output to say so"
+        return Miss(words, head.linear, at_site=True)
+    last = len(shape_of(head.linear) or ()) - 1
+    allowed = {k: [-1] for k in head.outputs}
+    proof = dead(head.linear, [last], allowed=allowed)
+    bound = {
+        "root": head.linear,
+        "W": argument(head.linear, "weight"),
+        "b": argument(head.linear, "bias"),
+        "proof": proof,
+        "evidence": evidence,
+        "outputs": head.outputs,
+    }
+    if not isinstance(proof, Proof):
+        return Miss(proof.reason, proof.node, at_site=True)
+    return Match(bound, (), program)
+
+
+def unless(m: Match) -> str | None:
+    made_by = m.W.meta.get("lensfx", ("",))[0]
+    return "" if made_by == CenterUnembed().name else None
+
+
+def replace(m: Match, edit: Edit) -> None:
+    at = edit.before(m.root)
+    W = at.call(aten.sub.Tensor, m.W, at.call(aten.mean.dim, m.W, [0], True))  # [vocab, d]
+    changed = {"weight": W}
+    if m.b is not None:
+        changed["bias"] = at.call(aten.sub.Tensor, m.b, at.call(aten.mean.dim, m.b, [0], True))
+    at.set(m.root, **changed)
+    edit.remark(m.evidence, shifted=m.outputs)
+
+
+@dataclass(frozen=True)
+class CenterUnembed(Pass):
+    """Centre the unembedding over the vocabulary; `output` names the flat output that is logits."""
+
+    output: int | None = None
+
+    contract = UpToLogitShift()
+    needs = ("canonical-linear", "canonical-norm", "fold-norm")
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        return (found_by(self.output),)
