@@ -1,4 +1,4 @@
-"""lensfx turns any PyTorch model into an fx graph that can be read, edited, rewritten and proved."""
+"""Any PyTorch model as an fx graph that can be read, edited, rewritten and proved equivalent."""
 
 from lensfx.capture import capture
 from lensfx.errors import (

@@ -41,9 +41,7 @@ BARE = Op(
     {"input": Any("x"), "weight": Param("W"), "bias": Const(value=None)},
     readers=1,
 )
-BIASED = Op(
-    "add", (aten.add.Tensor,), {"self": BARE, "other": Param("b", axes=1), "alpha": ONE}
-)
+BIASED = Op("add", (aten.add.Tensor,), {"self": BARE, "other": Param("b", axes=1), "alpha": ONE})
 WRAPPED = Op(
     "outer",
     (aten.reshape.default,),

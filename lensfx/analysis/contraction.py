@@ -14,7 +14,7 @@ __all__ = ["WeightEinsum", "weight_einsum"]
 
 @dataclass(frozen=True)
 class WeightEinsum:
-    """`einsum` as linear(x, W): W is `weight` permuted by `order` and flattened to [out, summed]."""
+    """`einsum` as linear(x, W): W is `weight` permuted by `order`, flattened to [out, summed]."""
 
     x: fx.Node
     weight: fx.Node
@@ -26,7 +26,7 @@ class WeightEinsum:
 
 
 def weight_einsum(node: fx.Node) -> WeightEinsum | str:
-    """The einsum as a linear map, or why it is none: an empty string where no weight is involved."""
+    """The einsum as a linear map, or why it is none: an empty string where no weight takes part."""
     operands = list(argument(node, "tensors"))
     if len(operands) != 2 or sum(is_weight(n) for n in operands) != 1:
         return ""

@@ -15,17 +15,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from lensfx.analysis.axes import (
-    Axes,
-    Carry,
-    Kill,
-    Outcome,
-    Read,
-    See,
-    all_axes,
-    is_one,
-    lifted,
-)
+from lensfx.analysis.axes import Axes, Carry, Kill, Outcome, Read, See, all_axes, is_one, lifted
 from lensfx.analysis.transfer import FILLED, TABLE, transfer
 from lensfx.errors import LensError
 from lensfx.graph.node import argument, is_op, op_name, schema_names, shape_of, where
@@ -36,6 +26,8 @@ __all__ = ["Allowed", "Gauge", "Proof", "Seen", "Step", "dead", "recheck"]
 aten = torch.ops.aten
 
 Allowed = Mapping[int, Collection[int]] | Callable[[int], Collection[int] | None]
+
+_Reading = tuple[fx.Node, fx.Node, int | None]
 
 
 @dataclass(frozen=True)
@@ -81,6 +73,7 @@ def dead(value: fx.Node, axes: Iterable[int], *, allowed: Allowed | None = None)
     """Whether adding anything constant along `axes` to `value` changes no output of the graph.
 
     A proof holds for every value of all inputs and parameters; `Seen` says that none was found.
+    The graph must be functional.
     `allowed[k]`: output k, counted flat, may move by something constant along those of its axes.
     Axes of size 1 are added to `axes`, for a shift is constant along them anyway.
 
@@ -170,8 +163,9 @@ class Gauge:
         return known
 
     def _new_edges(self, moving: _Moving) -> Iterator[_Edge]:
-        centred = frozenset() if moving.soft else _centred(moving.value, moving.axes)
-        for reader, node, part in _readings(moving.value):
+        readings = tuple(_readings(moving.value))
+        centred = frozenset() if moving.soft else _centred(moving, readings)
+        for reader, node, part in readings:
             if node in centred:
                 yield _edge(moving, node, Kill())
             elif reader.op == "output":
@@ -181,16 +175,16 @@ class Gauge:
             elif isinstance(reader.meta.get("val"), tuple | list) and part is None:
                 yield _edge(moving, node, See(f"%{node.name} is read as a whole"))
             else:
-                for slot, item in _slots(reader, moving.value):
-                    yield _edge(moving, node, self._passed(moving, reader, slot, item, part))
+                for outcome in self._passed(moving, reader, part):
+                    yield _edge(moving, node, outcome)
 
-    def _passed(
-        self, moving: _Moving, reader: fx.Node, slot: str, item: int, part: int | None
-    ) -> Outcome:
-        if shape_of(reader) is None and part is None:
-            return See(f"no rule for {op_name(reader)} at %{reader.name}; nothing is assumed")
+    def _passed(self, moving: _Moving, reader: fx.Node, part: int | None) -> list[Outcome]:
+        slots = list(_slots(reader, moving.value))
+        if not slots or (shape_of(reader) is None and part is None):
+            return [See(f"no rule for {op_name(reader)} at %{reader.name}; nothing is assumed")]
         value, axes, soft = moving.value, moving.axes, moving.soft
-        return transfer(Read(reader, slot, value, axes, self._const, item, part, soft))
+        reads = (Read(reader, name, value, axes, self._const, i, part, soft) for name, i in slots)
+        return [transfer(read) for read in reads]
 
     def _at_output(self, moving: _Moving, output: fx.Node) -> Iterator[_Edge]:
         shape, value = _shape(moving.value), moving.value
@@ -261,7 +255,7 @@ def _blame(
     return Seen(root.value, root.axes, edge.node, edge.words, path)
 
 
-def _readings(value: fx.Node) -> Iterator[tuple[fx.Node, fx.Node, int | None]]:
+def _readings(value: fx.Node) -> Iterator[_Reading]:
     """Each reader of the value's data, the node that stands for the result, and its output number.
 
     The results of a reader with several outputs are its getitem nodes.
@@ -290,18 +284,18 @@ _MEANS = (aten.mean.dim, aten.amax.default, aten.amin.default, aten.logsumexp.de
 _BESTS = (aten.max.dim, aten.min.dim)
 
 
-def _centred(value: fx.Node, axes: Axes) -> frozenset[fx.Node]:
-    """Each mean or maximum that is only read to be subtracted from `value`, and those differences.
+def _centred(moving: _Moving, readings: Iterable[_Reading]) -> frozenset[fx.Node]:
+    """Each mean or maximum that is only read to be subtracted from the value, and the differences.
 
     Both terms of x - mean(x) move alike if the shift is constant along the axes of the mean.
     """
     found: set[fx.Node] = set()
-    for reader, node, part in _readings(value):
+    for reader, node, part in readings:
         if not is_op(reader, *_MEANS) and not (is_op(reader, *_BESTS) and part == 0):
             continue
-        dims = Read(reader, "self", value, axes, _nowhere).dims()
-        if argument(reader, "keepdim") and dims <= axes:
-            differences = _differences(node, value)
+        dims = Read(reader, "self", moving.value, moving.axes, _nowhere).dims()
+        if argument(reader, "keepdim") and dims <= moving.axes:
+            differences = _differences(node, moving.value)
             found.update((node, *differences) if differences else ())
     return frozenset(found)
 
@@ -383,7 +377,8 @@ def _owner(node: fx.Node) -> tuple[fx.Node, int | None]:
     """The node whose output this is, and its number if it has several."""
     if node.op == "call_function" and node.target is operator.getitem:
         owner, part = cast("tuple[fx.Node, int]", node.args)
-        return owner, part
+        if isinstance(owner.meta.get("val"), tuple | list):
+            return owner, part
     return node, None
 
 

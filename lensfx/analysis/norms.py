@@ -1,4 +1,4 @@
-"""Hand-written norms: the patterns by which x over its deviation is known, and their look-alikes."""
+"""Hand-written norms: the patterns by which they are known, and what only looks like them."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _root_of(of: Pattern, power: float) -> OneOf:
 
 
 def _divided(numerator: Pattern, spread: Pattern) -> tuple[Op, ...]:
-    """numerator / sqrt(spread + eps) in each spelling, and with eps outside the root."""
+    """`numerator / sqrt(spread + eps)` in each spelling, and with eps outside the root."""
     inside = OneOf(_plus("inside", spread), spread)
     below = OneOf(_root_of(inside, 0.5), _plus("outside", _root_of(spread, 0.5)))
     inverse = Op("inverse", (aten.reciprocal.default,), {"self": _root_of(inside, 0.5)})

@@ -81,7 +81,7 @@ class Unknown:
 
 
 def residual_stream(program: Program) -> Stream | Unknown:
-    """The stream of the program, proved from its dataflow, or why it is not a plain pre-norm one."""
+    """The stream of the program, found from its dataflow, or why it is no plain pre-norm one."""
     return _Search(program).run()
 
 
@@ -297,8 +297,11 @@ def _through_views(node: fx.Node) -> fx.Node:
 
 
 def _kind(region: list[fx.Node]) -> str | fx.Node:
-    """`attn` if a softmax feeds a product of two computed values, `mlp` if the region works on
-    each position alone, else a node that says it is neither."""
+    """What a branch does: `attn`, `mlp`, or a node that says it is neither.
+
+    Attention has a softmax that feeds a product of two computed values; an MLP works on each
+    position alone.
+    """
     for node in region:
         if is_op(node, aten.scaled_dot_product_attention.default):
             return "attn"

@@ -30,9 +30,7 @@ _MIXES = frozenset(
         aten.scaled_dot_product_attention.default,
     }
 )
-_LOSSES = frozenset(
-    {aten.softmax.int, aten.log_softmax.int, aten.cross_entropy_loss.default}
-)
+_LOSSES = frozenset({aten.softmax.int, aten.log_softmax.int, aten.cross_entropy_loss.default})
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ def _picks(reader: fx.Node, value: fx.Node) -> bool:
 
 
 def token_tables(program: Program) -> Iterator[fx.Node]:
-    """The reads of a table by an integer input of the model itself: `embedding(W, ids)`, `W[ids]`."""
+    """The reads of a table by an integer input of the model: `embedding(W, ids)` or `W[ids]`."""
     for node in program.graph.nodes:
         found = table_and_ids(node)
         if found is None:

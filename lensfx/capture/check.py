@@ -1,4 +1,4 @@
-"""After capture: the graph is run beside the model, bitwise, also where torch assumes sizes >= 2."""
+"""After capture the graph is run beside the model, bitwise, also where torch assumes sizes >= 2."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ from lensfx.graph.program import Program
 __all__ = ["settle_guards"]
 
 
-def settle_guards(
-    program: Program, model: nn.Module, traced: Sequence[torch.Tensor]
-) -> Program:
+def settle_guards(program: Program, model: nn.Module, traced: Sequence[torch.Tensor]) -> Program:
     """The program with size 1 allowed on each dynamic axis where the model agrees bitwise.
 
     Torch never traces a dynamic axis of size 1, so code under `if length == 1` is not in the

@@ -277,8 +277,8 @@ class _Functionaliser:
         why = place.blocked or place.root.blocked
         if _is_view(form):
             # `to` and `contiguous` may return the input itself, and then nothing tells them apart.
-            given = place.origin is place.root and place.root.node.op in _STARTS
-            given = given and _same_place(place.val, place.root.val)
+            root = place.root
+            given = root.node.op in _STARTS and _same_place(place.val, root.val)
             changes = not _same_place(place.val, node.meta["val"])
             why = "the caller would see the new shape" if given and changes else ""
         elif torch.Tag.inplace_view in getattr(node.target, "tags", ()):

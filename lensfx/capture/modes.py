@@ -1,4 +1,4 @@
-"""The conditions a model is traced under, and the promise that it is left as it was."""
+"""The conditions a model is traced and run under: casts kept apart, parameters read-only."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["FreshCasts", "tracing", "untouched"]
+__all__ = ["CallLog", "FreshCasts", "ParameterWriteError", "ReadOnlyParameters", "tracing"]
 
 _SHORT_CASTS: dict[Any, torch.dtype] = {
     torch.Tensor.float: torch.float32,
@@ -43,8 +45,61 @@ class FreshCasts(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class CallLog(TorchFunctionMode):
+    """Notes which torch functions run, with every argument that is no tensor and no size.
+
+    Two runs with the same log took the same path through the model's code.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Any] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """The result of `func`, its call noted."""
+        given = pytree.tree_leaves((args, kwargs or {}))
+        kept = tuple(repr(v) for v in given if v is None or isinstance(v, (bool, float, str)))
+        self.calls.append((func, kept))
+        return func(*args, **(kwargs or {}))
+
+
+class ParameterWriteError(Exception):
+    """The model is about to change one of its parameters; the text is the parameter's name."""
+
+
+class ReadOnlyParameters(TorchDispatchMode):
+    """Raises ParameterWriteError before an operator writes into a parameter's memory."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._names = {_memory(p): name for name, p in model.named_parameters()}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """The result of `func`, unless it writes into a parameter."""
+        kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            for i, declared in enumerate(func._schema.arguments):
+                if declared.alias_info is not None and declared.alias_info.is_write:
+                    given = args[i] if i < len(args) else kwargs.get(declared.name)
+                    self._refuse_write(given)
+        return func(*args, **kwargs)
+
+    def _refuse_write(self, given: Any) -> None:
+        for tensor in pytree.tree_leaves(given):
+            if isinstance(tensor, torch.Tensor) and _memory(tensor) in self._names:
+                raise ParameterWriteError(self._names[_memory(tensor)])
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
 @contextlib.contextmanager
-def tracing() -> Iterator[None]:
+def tracing(fresh_casts: bool) -> Iterator[None]:
     """Export under one attention kernel, with gradients on and no ambient autocast.
 
     Other kernels give other strides, and a `contiguous` that is needed elsewhere would vanish.
@@ -53,42 +108,6 @@ def tracing() -> Iterator[None]:
         torch.enable_grad(),
         torch.autocast("cpu", enabled=False),
         sdpa_kernel(SDPBackend.MATH),
-        FreshCasts(),
+        FreshCasts() if fresh_casts else contextlib.nullcontext(),
     ):
         yield
-
-
-@contextlib.contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Put the model into eval mode inside; afterwards every attribute, buffer and flag is back.
-
-    Tracing leaves fake tensors on modules that assign attributes in forward, and a real run
-    updates buffers; the global random state is kept as well.
-    """
-    attributes = [(m, dict(m.__dict__)) for m in model.modules()]
-    tables = [
-        (m, {k: dict(m.__dict__[k]) for k in ("_parameters", "_buffers", "_modules")})
-        for m in model.modules()
-    ]
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    try:
-        with torch.random.fork_rng(devices=[]):
-            for m in model.modules():
-                m.training = False
-            yield
-    finally:
-        for m, kept in attributes:
-            m.__dict__.clear()
-            m.__dict__.update(kept)
-        for m, kept_tables in tables:
-            for key, kept in kept_tables.items():
-                m.__dict__[key].clear()
-                m.__dict__[key].update(kept)
-        _restore(buffers)
-
-
-def _restore(buffers: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    with torch.no_grad():
-        for buffer, kept in buffers:
-            if not torch.equal(buffer, kept) and not buffer.is_meta:
-                buffer.copy_(kept)

@@ -1,4 +1,4 @@
-"""Drop what computes nothing: eval dropout, identity casts, full slices, views to the same shape."""
+"""Drop what computes nothing: eval dropout, identity casts, full slices, views that keep shape."""
 
 from __future__ import annotations
 

@@ -154,9 +154,7 @@ class _Builder:
             self.tensors[name] = tensor
         return self._reads[name]
 
-    def _copy(
-        self, source: fx.Graph, env: dict[fx.Node, Any], owner: Any, path: str
-    ) -> None:
+    def _copy(self, source: fx.Graph, env: dict[fx.Node, Any], owner: Any, path: str) -> None:
         for node in source.nodes:
             if node.op in ("placeholder", "output") or is_op(node, *ASSERTS):
                 continue
@@ -298,9 +296,7 @@ def _refuse_parameter_writes(graph: fx.Graph, tensors: Mapping[str, torch.Tensor
 
 def mark_weights(graph: fx.Graph) -> None:
     """Note on every node whether its value depends on parameters and constants only."""
-    written = {
-        n.args[0] for n in graph.nodes if is_op(n, aten.copy_.default) and not n.users
-    }
+    written = {n.args[0] for n in graph.nodes if is_op(n, aten.copy_.default) and not n.users}
     for node in graph.nodes:
         if node.op == "get_attr":
             node.meta["weight"] = node not in written

@@ -82,7 +82,9 @@ class Guards:
         ranks = {leaf: 0 for leaf in range(len(self.names))}
         for axis in self.axes:
             ranks[axis.leaf] += 1
-        for i, (tensor, dtype, name) in enumerate(zip(tensors, self.dtypes, self.names, strict=True)):
+        for i, (tensor, dtype, name) in enumerate(
+            zip(tensors, self.dtypes, self.names, strict=True)
+        ):
             if tensor.ndim != ranks[i]:
                 raise GuardError(
                     f"{name} has {tensor.ndim} axes, {ranks[i]} at capture",
@@ -163,9 +165,7 @@ def _sorted_equality(code: str) -> str:
 
 
 def _readable(code: str, names: Sequence[str]) -> str:
-    return re.sub(
-        r"t\[(\d+)\]\.shape\[(\d+)\]", lambda m: f"{names[int(m[1])]}.size({m[2]})", code
-    )
+    return re.sub(r"t\[(\d+)\]\.shape\[(\d+)\]", lambda m: f"{names[int(m[1])]}.size({m[2]})", code)
 
 
 _NAMESPACE: dict[str, Any] = {**SYMPY_INTERP, "math": math, "inf": math.inf}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ _TORCH_HOME = os.path.dirname(torch.__file__)
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in .*\n(?:\s+(?P<code>.*))?')
 
 
-@lru_cache(maxsize=None)
+@cache
 def _schema(target: Any) -> tuple[tuple[str, Any, bool], ...]:
     schema = getattr(target, "_schema", None)
     if schema is None:
@@ -99,7 +99,7 @@ def dtype_of(node: fx.Node) -> torch.dtype | None:
 
 
 def is_weight(node: Any) -> bool:
-    """Whether a value depends on parameters and constants only (kept current by capture and Edit)."""
+    """Whether a value depends on parameters and constants only; capture and Edit keep the mark."""
     return isinstance(node, fx.Node) and bool(node.meta.get("weight"))
 
 
@@ -118,7 +118,8 @@ def source_line(node: fx.Node) -> str:
     if not own:
         return ""
     frame = own[-1]
-    return f"{os.path.basename(frame['file'])}:{frame['line']}  {(frame['code'] or '').strip()}".rstrip()
+    code = (frame["code"] or "").strip()
+    return f"{os.path.basename(frame['file'])}:{frame['line']}  {code}".rstrip()
 
 
 def where(node: fx.Node) -> str:

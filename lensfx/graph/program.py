@@ -15,9 +15,16 @@ from lensfx.graph.guards import Guards
 from lensfx.graph.ops import is_impure
 from lensfx.graph.signature import Signature
 
-__all__ = ["Formula", "Program", "Rewrite", "Source",
+__all__ = [
+    "Formula",
+    "Program",
+    "Rewrite",
+    "Source",
     "Stage",
- "copy_graph", "flat_module", "remove_dead"]
+    "copy_graph",
+    "flat_module",
+    "remove_dead",
+]
 
 
 @dataclass(frozen=True)
@@ -117,7 +124,7 @@ class Program:
         return list(found.values())
 
     def with_graph(self, graph: fx.Graph, **changes: Any) -> Program:
-        """This program with another graph and, if given, other fields."""
+        """The program with another graph and, if given, other fields."""
         return replace(self, graph=graph, **changes)
 
 

@@ -152,4 +152,6 @@ def _same(a: Any, b: Any) -> bool:
     try:
         return bool(a == b)
     except Exception as error:
-        raise CaptureError(f"values of type {type(a).__name__} cannot be compared: {error}") from error
+        raise CaptureError(
+            f"values of type {type(a).__name__} cannot be compared: {error}"
+        ) from error

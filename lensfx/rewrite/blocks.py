@@ -102,7 +102,7 @@ def _widen(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _wide(tree: Any) -> Any:
-    """Arguments with every smaller floating dtype replaced: a cast in the formula rounds nothing."""
+    """Arguments with every smaller floating dtype replaced: a cast in a formula rounds nothing."""
     if isinstance(tree, torch.dtype) and tree.is_floating_point:
         return torch.float64
     if isinstance(tree, (list, tuple)):

@@ -53,7 +53,7 @@ class Edit:
         self._first = first
         self._open: _Open | None = None
         self._vals: dict[Any, Any] = {}
-        # Which value of the graph before this pass a node stands for; nodes a rewrite added have none.
+        # Which value of the graph before this pass a node stands for; added nodes have none.
         self._origin = {n: n.name for n in graph.nodes}
         self._taken = {native_name(n) for n in graph.nodes}
         self._mode = next(
@@ -134,7 +134,7 @@ class Edit:
             self._state().removed += 1
 
     def fake(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """The fake value of a call, run on the fake values of its inputs and remembered by shape."""
+        """The fake value of a call on the fake values of its inputs, remembered by shape."""
         vals = fx.node.map_arg((args, dict(kwargs)), _required_value)
         key = (target, _key(vals))
         if key not in self._vals:
@@ -305,5 +305,3 @@ def _key(tree: Any) -> Any:
     if isinstance(tree, Mapping):
         return tuple((k, _key(v)) for k, v in sorted(tree.items()))
     return (type(tree), str(tree))
-
-

@@ -1,4 +1,4 @@
-"""fold: evaluate what depends on parameters only, keep names, break ties, drop what nobody reads."""
+"""fold: evaluate what depends on parameters only, keep names, break ties, drop dead weights."""
 
 from __future__ import annotations
 

@@ -101,9 +101,7 @@ def same_value(a: typing.Any, b: typing.Any, depth: int = 4) -> bool:
             return False
         return same_value((a.args, a.kwargs), (b.args, b.kwargs), depth - 1)
     if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
-        return len(a) == len(b) and all(
-            same_value(x, y, depth) for x, y in zip(a, b, strict=True)
-        )
+        return len(a) == len(b) and all(same_value(x, y, depth) for x, y in zip(a, b, strict=True))
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         return a.keys() == b.keys() and all(same_value(a[k], b[k], depth) for k in a)
     return type(a) is type(b) and bool(a == b)

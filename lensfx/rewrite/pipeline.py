@@ -1,4 +1,4 @@
-"""Pipeline: run passes in the written order, check that order, report what fired and what did not."""
+"""Pipeline: run passes in the written order, check that order, report what fired and what not."""
 
 from __future__ import annotations
 

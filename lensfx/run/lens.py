@@ -80,7 +80,9 @@ class Lens:
             _scalar(out).backward()
         kept = {name: value.detach() for name, value in zip(names, values, strict=True)}
         kept |= {f"{name}_grad": grads[name] for name in names if name in grads}
-        kept = {k: slice_positions(self.program, self._names, k, v, pos_slice) for k, v in kept.items()}
+        kept = {
+            k: slice_positions(self.program, self._names, k, v, pos_slice) for k, v in kept.items()
+        }
         if remove_batch_dim:
             kept = {k: drop_batch(self.program, self._names, k, v) for k, v in kept.items()}
         if device is not None:
@@ -145,7 +147,10 @@ class Lens:
         self._hooks.add(names, fn, dir, is_permanent, prepend)
 
     def reset_hooks(
-        self, clear_contexts: bool = True, direction: str = "both", including_permanent: bool = False
+        self,
+        clear_contexts: bool = True,
+        direction: str = "both",
+        including_permanent: bool = False,
     ) -> None:
         """Detach every hook added with `add_hook`."""
         self._hooks.reset(direction, including_permanent)
@@ -154,7 +159,7 @@ class Lens:
 
     @cached_property
     def module(self) -> fx.GraphModule:
-        """The recompiled graph as a GraphModule with the model's own signature, hooks as identities."""
+        """The recompiled graph as a GraphModule with the model's signature, hooks as identities."""
         return as_module(self.program)
 
     def to_networkx(self, component: str = "ops") -> nx.MultiDiGraph:
@@ -253,5 +258,3 @@ def _scalar(out: Any) -> torch.Tensor:
             hint="call with labels or targets so that the model returns a loss",
         )
     return scalars[0]
-
-

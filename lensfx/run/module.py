@@ -24,11 +24,15 @@ def as_module(program: Program) -> fx.GraphModule:
             here = next(placeholders)
             continue
         # A baked constant still takes its place in the argument tree.
-        inserting = graph.inserting_before(here) if _first(graph, here) else graph.inserting_after(here)
+        inserting = (
+            graph.inserting_before(here) if _first(graph, here) else graph.inserting_after(here)
+        )
         with inserting:
             here = graph.placeholder(f"constant_{len(graph.nodes)}")
     info = fx.graph._PyTreeInfo(
-        [n.name for n in graph.nodes if n.op == "placeholder"], signature.in_spec, signature.out_spec
+        [n.name for n in graph.nodes if n.op == "placeholder"],
+        signature.in_spec,
+        signature.out_spec,
     )
     named = {n.target: program.tensors[str(n.target)] for n in graph.nodes if n.op == "get_attr"}
     graph.set_codegen(fx.graph._PyTreeCodeGen(info))
@@ -39,5 +43,3 @@ def as_module(program: Program) -> fx.GraphModule:
 
 def _first(graph: fx.Graph, node: fx.Node | None) -> bool:
     return node is not None and node is next(iter(graph.nodes)) and node.op != "placeholder"
-
-

@@ -34,7 +34,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Run:
-    """A compiled request: `call(*tensors, active)` gives results, then kept values, as one tuple."""
+    """A compiled request: called with tensors and hooks, it gives results, then kept values."""
 
     forward: Callable[..., tuple[Any, ...]]
     weights: tuple[torch.Tensor, ...]

@@ -23,7 +23,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Comparison:
-    """The worst difference over all calls and outputs; true if it is within the contract's bound."""
+    """The worst difference over all calls and outputs; true if within the contract's bound."""
 
     contract: Any
     error: float
@@ -150,6 +150,4 @@ def _differences(
     b = [(name, leaf) for name, leaf in right if isinstance(leaf, torch.Tensor)]
     if len(a) != len(b):
         raise LensError(f"one side returns {len(a)} tensors, the other {len(b)}")
-    return [
-        (name, contract.compare(x, y)) for (name, x), (_, y) in zip(a, b, strict=True)
-    ]
+    return [(name, contract.compare(x, y)) for (name, x), (_, y) in zip(a, b, strict=True)]

@@ -51,9 +51,7 @@ def _sizes(program: Program) -> Iterator[dict[str, int]]:
     for symbol in base:
         yield {**base, symbol: 1}
     # The example's own sizes come last: relations between sizes hold there for sure.
-    yield {
-        str(a.symbol): program.example[a.leaf].shape[a.axis] for a in program.guards.dynamic
-    }
+    yield {str(a.symbol): program.example[a.leaf].shape[a.axis] for a in program.guards.dynamic}
 
 
 def _drawn(

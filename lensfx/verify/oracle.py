@@ -137,11 +137,11 @@ class _StandIn:
 class _Memory:
     """Which storages were made inside the modes, and what stands in for the others."""
 
-    def __init__(self) -> None:
+    def __init__(self, narrow: bool) -> None:
         self.made: set[int] = set()
         self.stand_ins: dict[int, _StandIn] = {}
         self.reshaped: list[tuple[Tensor, Tensor]] = []
-        self.narrow = False
+        self.narrow = narrow
 
     def current(self, t: Tensor) -> Tensor:
         """`t`, or what stands in for it, in whatever dtype that is held."""
@@ -358,21 +358,24 @@ class Float64:
     held twice; only what the program writes to in place is.
 
     `overrides` maps outside tensors, mostly parameters, to what is read in their place, through
-    every alias of them: ties, views, detached copies. A read-only override is borrowed.
+    every alias of them: ties, views, detached copies. A read-only override is borrowed. `dtype` is
+    what the program was written for, where no tensor shows it: it decides an eps not given.
 
     Raises: LensError, in the block, where bits of a float are read as an integer, where an outside
     tensor would get other data or another size, and for operators that run a hidden program.
     """
 
-    def __init__(self, overrides: Mapping[Tensor, Tensor] | None = None) -> None:
-        self._overrides = dict(overrides or {})
-        self._memory = _Memory()
+    def __init__(
+        self, overrides: Mapping[Tensor, Tensor] | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        self._overrides, self._narrow = dict(overrides or {}), dtype in WIDER
+        self._memory = _Memory(self._narrow)
         self._stack = ExitStack()
 
     def __enter__(self) -> Float64:
         if any(isinstance(mode, _Operators) for mode in _get_current_dispatch_mode_stack()):
             raise LensError("a Float64 block is open already, and they do not nest")
-        memory = self._memory = _Memory()
+        memory = self._memory = _Memory(self._narrow)
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             memory.override(self._overrides)

@@ -90,9 +90,7 @@ def _prove_pass(base: Program, before: Stage, after: Stage, seed: int) -> PassPr
                 output_error = max(output_error, error)
             else:
                 site_error = max(site_error, error)
-    return PassProof(
-        after.name, contract, len(after.rewrites), site_error, output_error, len(runs)
-    )
+    return PassProof(after.name, contract, len(after.rewrites), site_error, output_error, len(runs))
 
 
 def _runs(base: Program, contract: Any, seed: int) -> Iterable[Scenario]:
@@ -102,9 +100,7 @@ def _runs(base: Program, contract: Any, seed: int) -> Iterable[Scenario]:
     return (Scenario("as it is", inputs, own) for inputs in hard_inputs(base, seed))
 
 
-def _findings(
-    base: Program, before: Stage, after: Stage, scenario: Scenario
-) -> Iterable[_Finding]:
+def _findings(base: Program, before: Stage, after: Stage, scenario: Scenario) -> Iterable[_Finding]:
     contract = after.entry.contract
     pairs = [(rewrite, old, new) for rewrite in after.rewrites for old, new in rewrite.sites]
     exact = isinstance(contract, Observes)
@@ -184,9 +180,7 @@ def _bisect(base: Program, before: Stage, after: Stage, scenario: Scenario) -> R
         middle = (low + high) // 2
         prefix = apply(after.entry, start, middle).stages[-1]
         bound = after.entry.contract.bound
-        broken = any(
-            f.difference.error > bound for f in _findings(base, before, prefix, scenario)
-        )
+        broken = any(f.difference.error > bound for f in _findings(base, before, prefix, scenario))
         low, high = (low, middle) if broken else (middle, high)
     return after.rewrites[high - 1]
 

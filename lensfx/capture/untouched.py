@@ -1,0 +1,172 @@
+"""The promise that a model is left as it was: its Python state, its tensors, the random state."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import random
+import sys
+import types
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
+from operator import is_
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+__all__ = ["holds_tensors", "untouched"]
+
+# Deep enough for a cache in a helper object or in a hook's closure, too shallow for what merely
+# hangs off a module, such as the optimizer of the trainer that a module points to.
+_DEPTH = 4
+_OPAQUE = (type, types.ModuleType, str, bytes, int, float, torch.dtype, torch.device)
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Put the model into eval mode inside; afterwards every attribute, tensor and flag is back.
+
+    Tracing leaves fake tensors wherever a forward keeps something, and a real run updates buffers
+    and counters. Parameters are not copied; see ReadOnlyParameters. Yields a function that goes
+    back to the state at entry, eval mode kept.
+    """
+    before = _State(model)
+    try:
+        with _random_state_kept(model):
+            for m in model.modules():
+                m.training = False
+                # A module compiled in place would be compiled anew under tracing.
+                m.__dict__["_compiled_call_impl"] = None
+            yield _State(model).restore
+    finally:
+        before.restore()
+
+
+@contextlib.contextmanager
+def _random_state_kept(model: nn.Module) -> Iterator[None]:
+    tensors = [*model.parameters(), *model.buffers()]
+    devices = {t.device.index for t in tensors if t.device.type == "cuda"}
+    numpy = sys.modules.get("numpy")
+    state = random.getstate(), numpy and numpy.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=sorted(d for d in devices if d is not None)):
+            yield
+    finally:
+        random.setstate(state[0])
+        if numpy is not None:
+            numpy.random.set_state(state[1])
+
+
+class _State:
+    """Every container and tensor that the modules of a tree keep, with its contents."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._containers: list[tuple[Any, Any]] = []
+        self._tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for value in _reachable(model.modules()):
+            if isinstance(value, torch.Tensor):
+                if not isinstance(value, (nn.Parameter, FakeTensor)):
+                    self._tensors.append((value, value.detach().clone()))
+            elif isinstance(value, types.CellType):
+                self._containers.append((value, value.cell_contents))
+            elif isinstance(value, (dict, list, set, deque)):
+                self._containers.append((value, _copied(value)))
+
+    def restore(self) -> None:
+        """Put back what has changed, and leave alone what has not."""
+        for container, kept in self._containers:
+            _refill(container, kept)
+        for tensor, value in self._tensors:
+            if not tensor.is_meta and not _same(tensor, value):
+                with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+                    tensor.copy_(value)
+
+
+def holds_tensors(value: Any) -> bool:
+    """Whether tensors or symbolic sizes hang on to a Python object that torch sees as one leaf."""
+    symbols = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
+    return any(isinstance(v, symbols) for v in _reachable([value]))
+
+
+def _reachable(roots: Iterable[Any]) -> Iterator[Any]:
+    """Containers, cells, tensors and symbols that can be reached in a few steps, each once."""
+    here, seen = list(roots), set()
+    for _ in range(_DEPTH + 1):
+        found: list[Any] = []
+        for value in here:
+            if value is None or isinstance(value, _OPAQUE) or id(value) in seen:
+                continue
+            seen.add(id(value))
+            yield value
+            found += _inside(value)
+        here = found
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return list(value.values())
+    if isinstance(value, (list, tuple, set, frozenset, deque)):
+        return list(value)
+    if isinstance(value, torch.Tensor):
+        return ()
+    if isinstance(value, types.CellType):
+        return [value.cell_contents]
+    if isinstance(value, types.FunctionType):
+        return _used_by(value)
+    if isinstance(value, types.MethodType):
+        return [value.__self__, value.__func__]
+    if isinstance(value, functools.partial):
+        return [value.func, value.args, value.keywords]
+    own = getattr(value, "__dict__", None)
+    return [own] if type(own) is dict else ()
+
+
+def _used_by(function: types.FunctionType) -> list[Any]:
+    """What a hook or a patched forward can keep things in: its closure and the globals it names."""
+    if (function.__module__ or "").split(".")[0] == "torch":
+        return []
+    cells = [c for c in function.__closure__ or () if _filled(c)]
+    named = [function.__globals__.get(n) for n in function.__code__.co_names]
+    return [*cells, *(v for v in named if isinstance(v, (dict, list, set, deque)))]
+
+
+def _filled(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not None or True
+    except ValueError:
+        return False
+
+
+def _copied(container: Any) -> Any:
+    return list(container.items()) if isinstance(container, dict) else list(container)
+
+
+def _refill(container: Any, kept: Any) -> None:
+    if isinstance(container, types.CellType):
+        container.cell_contents = kept
+        return
+    now = _copied(container)
+    if isinstance(container, dict):
+        flat, old = ([x for pair in items for x in pair] for items in (now, kept))
+    else:
+        flat, old = now, kept
+    if len(flat) == len(old) and all(map(is_, flat, old)):
+        return
+    if isinstance(container, dict):
+        # A subclass may do more in its own methods than keep items.
+        kind: Any = OrderedDict if isinstance(container, OrderedDict) else dict
+        kind.clear(container)
+        for key, value in kept:
+            kind.__setitem__(container, key, value)
+    else:
+        container.clear()
+        (container.update if isinstance(container, set) else container.extend)(kept)
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors hold the same numbers, NaN counted as equal to NaN."""
+    if a.shape != b.shape:
+        return False
+    return bool(((a == b) | ((a != a) & (b != b))).all())
