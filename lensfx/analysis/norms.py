@@ -67,8 +67,8 @@ def _plus(name: str, of: Pattern) -> Op:
 def _root_of(of: Pattern, power: float) -> OneOf:
     plain = aten.rsqrt.default if power < 0 else aten.sqrt.default
     return OneOf(
-        Op("root", (plain,), {"self": of}),
-        Op("root", (aten.pow.Tensor_Scalar,), {"self": of, "exponent": Const(value=power)}),
+        Op("sqrt", (plain,), {"self": of}),
+        Op("sqrt", (aten.pow.Tensor_Scalar,), {"self": of, "exponent": Const(value=power)}),
     )
 
 

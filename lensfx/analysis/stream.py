@@ -10,12 +10,14 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from lensfx.analysis.norms import is_norm
+from lensfx.analysis.contraction import weight_einsum
+from lensfx.analysis.norms import NORMS, WRITTEN_NORM, is_norm
 from lensfx.analysis.unembed import heads, token_tables
 from lensfx.graph.node import argument, is_op, is_weight, shape_of
 from lensfx.graph.ops import CASTS, VIEWS, data_inputs, is_hook, readers
 from lensfx.graph.program import Program
 from lensfx.graph.views import carried_axis, same_size
+from lensfx.rewrite.match import Match, match
 
 __all__ = ["Block", "Stream", "Unknown", "Write", "residual_stream"]
 
@@ -107,7 +109,7 @@ class _Search:
         if not isinstance(last, fx.Node):
             return Unknown("no output is computed from the tokens")
         final = _through_views(last)
-        norm = final if is_norm(final) else None
+        norm = _norm_behind(final)
         end = _through_views(self._normed(norm)) if norm is not None else final
         writes = list(self._writes(end))
         if not writes:
@@ -141,21 +143,14 @@ class _Search:
         return node is source or bool(self.above[node] >> self.rank[source] & 1)
 
     def _normed(self, norm: fx.Node) -> fx.Node:
-        """The value a norm normalises: of all its inputs, the one that the others come from."""
-        if "input" in _names(norm):
-            source = argument(norm, "input")
-            assert isinstance(source, fx.Node)
+        """The value a norm normalises."""
+        if is_op(norm, *NORMS):
+            source: fx.Node = argument(norm, "input")
             return source
-        node = norm
-        while True:
-            live = [n for n in data_inputs(node) if not is_weight(n)]
-            first = min(live, key=lambda n: self.rank[n])
-            if all(n is first or self._reads(n, first) for n in live):
-                if len(readers(first)) > 1 or len(live) > 1:
-                    return first if not is_op(first, aten.sub.Tensor) else self._normed(first)
-                node = first
-            else:
-                return first
+        found = match(WRITTEN_NORM, norm)
+        assert isinstance(found, Match)
+        whole: fx.Node = found.x
+        return whole
 
     def _writes(self, end: fx.Node) -> Iterator[Write | Unknown]:
         """The adds from the end of the stream back to its start."""
@@ -255,9 +250,15 @@ class _Search:
             scaled = up[0]
 
 
-def _names(node: fx.Node) -> tuple[str, ...]:
-    schema = getattr(node.target, "_schema", None)
-    return tuple(a.name for a in schema.arguments) if schema is not None else ()
+def _norm_behind(node: fx.Node) -> fx.Node | None:
+    """The norm that a value is, perhaps scaled and shifted by weights written out behind it."""
+    while not is_norm(node):
+        live = [n for n in data_inputs(node) if not is_weight(n)]
+        affine = is_op(node, aten.mul.Tensor, aten.add.Tensor) and len(live) == 1
+        if not affine or len(data_inputs(node)) != 2:
+            return None
+        node = _through_views(live[0])
+    return node
 
 
 def _scales(node: fx.Node) -> bool:
@@ -310,13 +311,25 @@ def _kind(region: list[fx.Node]) -> str | fx.Node:
         if is_op(node, *_PRODUCTS) and any(_reaches(n, softmaxes) for n in data_inputs(node)):
             return "attn"
     mixing = next((n for n in region if not _keeps_positions_apart(n)), None)
-    if mixing is None and not any(is_op(n, aten.linear.default) for n in region):
+    linears = (n for n in region if is_op(n, aten.linear.default) or _is_weight_product(n))
+    if mixing is None and next(linears, None) is None:
         return region[-1]
     return "mlp" if mixing is None else mixing
 
 
+def _is_weight_product(node: fx.Node) -> bool:
+    """Whether a node is `linear` in another spelling: a computed value times a weight matrix."""
+    if is_op(node, aten.addmm.default, aten.mm.default):
+        return is_weight(argument(node, "mat2"))
+    if is_op(node, aten.matmul.default):
+        return is_weight(argument(node, "other"))
+    return is_op(node, aten.einsum.default) and not isinstance(weight_einsum(node), str)
+
+
 def _keeps_positions_apart(node: fx.Node) -> bool:
     if is_norm(node) or is_hook(node) or is_op(node, *CASTS, *_BY_POSITION):
+        return True
+    if _is_weight_product(node):
         return True
     if is_op(node, *VIEWS):
         source = node.args[0]

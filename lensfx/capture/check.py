@@ -1,61 +1,79 @@
-"""After capture the graph is run beside the model, bitwise, also where torch assumes sizes >= 2."""
+"""After capture: the graph is run beside the model, bitwise, also where torch assumes sizes >= 2."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
+from itertools import combinations
 from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
+from lensfx.capture.modes import CallLog, ReadOnlyParameters
+from lensfx.capture.untouched import seeded
 from lensfx.errors import CaptureError, GuardError
 from lensfx.graph.guards import Axis, Guards
 from lensfx.graph.ops import writes
-from lensfx.graph.program import Program
+from lensfx.graph.program import Program, flat_module
 
-__all__ = ["settle_guards"]
+__all__ = ["DisagreementError", "settle_guards"]
+
+Tensors = Sequence[torch.Tensor]
+_DRAWS = 3
+_MODEL_FAILS = "the model fails there"
 
 
-def settle_guards(program: Program, model: nn.Module, traced: Sequence[torch.Tensor]) -> Program:
+class DisagreementError(CaptureError):
+    """The captured graph does not compute what the model does on the example."""
+
+
+def settle_guards(
+    program: Program, model: nn.Module, traced: Tensors, restore: Callable[[], Any]
+) -> Program:
     """The program with size 1 allowed on each dynamic axis where the model agrees bitwise.
 
     Torch never traces a dynamic axis of size 1, so code under `if length == 1` is not in the
     graph: each axis is tried at 1 and stays bounded by 2 if the model does something else there.
     Axes that agree only together (the batch of ids and of their mask) are tied by a relation.
-    `traced` are the inputs the graph was traced with, all of whose dynamic axes are larger than 1.
+    `traced` are the inputs the graph was traced with, all of whose dynamic axes are larger than 1;
+    `restore` undoes what a run leaves behind.
 
     Raises: CaptureError if the graph and the model differ on the example itself.
     """
-    wide, ties = program.guards, []
+    trials = _Trials(program, model, tuple(traced), restore)
+    wide, ties, units = program.guards, [], []
     for group in _groups(program, traced):
         tried = _allow_one(wide, group)
-        if not _agrees_at_one(program, tried, model, traced, group):
+        if not trials.agree_at_one(tried, group):
             continue
         wide = tried
-        if any(not _agrees_at_one(program, tried, model, traced, [a]) for a in group[1:]):
+        if len(group) > 1 and all(trials.agree_at_one(tried, [a]) for a in group):
+            units += [[a] for a in group]
+        else:
+            units.append(group)
             ties += [_tie(group[0], axis) for axis in group[1:]]
-    ones = [a for a in wide.axes if a.low == 1]
-    if ones and not _agrees_at_one(program, wide, model, traced, ones):
-        ties.append(f"not ({' and '.join(f'{_size(a)} == 1' for a in ones)})")
+    ties += _apart(trials, wide, units)
     settled = program.with_graph(program.graph, guards=wide.with_relations(ties))
     if not _passes(settled.guards, program.example):
         raise CaptureError(
             "the model takes another path at size 1 than at larger sizes, and the example has it",
             hint="capture with an example whose axes are larger than 1",
         )
-    difference = _disagreement(settled, model, program.example)
+    difference = trials.disagreement(program.example, effects=True)
     if difference is not None:
-        raise CaptureError(
+        raise DisagreementError(
             f"the captured graph is not the model on its own example: {difference}",
             hint="a forward that keeps state between calls, or draws random numbers, does this",
         )
     return settled
 
 
-def _groups(program: Program, traced: Sequence[torch.Tensor]) -> list[list[Axis]]:
+def _groups(program: Program, traced: Tensors) -> list[list[Axis]]:
     """Axes to try at size 1 together: one per symbol, those at the same place in their inputs."""
     first: dict[str, Axis] = {}
     for axis in program.guards.dynamic:
@@ -66,6 +84,22 @@ def _groups(program: Program, traced: Sequence[torch.Tensor]) -> list[list[Axis]
         size = traced[axis.leaf].shape[axis.axis]
         groups.setdefault((axis.axis, size), []).append(axis)
     return list(groups.values())
+
+
+def _apart(trials: _Trials, guards: Guards, units: Sequence[list[Axis]]) -> list[str]:
+    """Relations that forbid those axes to be 1 together that agree with the model one by one."""
+    refused: list[set[str | None]] = []
+    relations = []
+    counts = dict.fromkeys(n for n in (2, len(units)) if 2 <= n <= len(units))
+    for chosen in (c for n in counts for c in combinations(units, n)):
+        axes = [a for unit in chosen for a in unit]
+        symbols = {a.symbol for a in axes}
+        if any(r <= symbols for r in refused):
+            continue
+        if not trials.agree_at_one(guards, axes):
+            refused.append(symbols)
+            relations.append(f"not ({' and '.join(f'{_size(a)} == 1' for a in axes)})")
+    return relations
 
 
 def _allow_one(guards: Guards, group: Sequence[Axis]) -> Guards:
@@ -82,22 +116,7 @@ def _tie(a: Axis, b: Axis) -> str:
     return f"({_size(a)} == 1) == ({_size(b)} == 1)"
 
 
-def _agrees_at_one(
-    program: Program,
-    guards: Guards,
-    model: nn.Module,
-    traced: Sequence[torch.Tensor],
-    axes: Sequence[Axis],
-) -> bool:
-    symbols = {a.symbol for a in axes}
-    small = list(traced)
-    for axis in guards.axes:
-        if axis.symbol in symbols:
-            small[axis.leaf] = small[axis.leaf].narrow(axis.axis, 0, 1)
-    return _passes(guards, small) and _disagreement(program, model, small) is None
-
-
-def _passes(guards: Guards, tensors: Sequence[torch.Tensor]) -> bool:
+def _passes(guards: Guards, tensors: Tensors) -> bool:
     try:
         guards.check(tensors)
     except GuardError:
@@ -105,52 +124,161 @@ def _passes(guards: Guards, tensors: Sequence[torch.Tensor]) -> bool:
     return True
 
 
-def _disagreement(
-    program: Program, model: nn.Module, tensors: Sequence[torch.Tensor]
-) -> str | None:
-    try:
-        with _state_kept(program):
-            want = _run_model(program, model, tensors)
-    except Exception as error:
-        return f"the model fails there: {type(error).__name__}: {error}"
-    try:
-        with _state_kept(program), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            got = list(program.flat(*(t.clone() for t in tensors)))
-    except Exception as error:
-        return f"the graph fails where the model runs: {type(error).__name__}: {error}"
-    for name, a, b in zip(program.signature.outputs, want, got, strict=True):
-        if isinstance(a, torch.Tensor):
-            if not isinstance(b, torch.Tensor) or a.shape != b.shape or a.dtype != b.dtype:
-                return f"{name} has another shape or dtype"
-            if not torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)):
-                worst = (a.double() - b.double()).abs().max().item()
-                return f"{name} differs by up to {worst:.1e}"
-    return None
+class _Trials:
+    """Runs of the model and of the graph side by side, each from the model's original state."""
+
+    def __init__(
+        self, program: Program, model: nn.Module, traced: Tensors, restore: Callable[[], Any]
+    ) -> None:
+        self.program = program
+        self.model = model
+        self.traced = traced
+        self.restore = restore
+        self._path: list[Any] = []
+        self._buffers = [name for name, _ in model.named_buffers()]
+
+    def agree_at_one(self, guards: Guards, axes: Sequence[Axis]) -> bool:
+        """Whether graph and model agree where these axes have size 1.
+
+        If the model takes another path there, that has to hold for other weights and values too:
+        a bias that is skipped cannot be seen while it is zero, nor a mask while it is all ones.
+        """
+        symbols = {a.symbol for a in axes}
+        small = list(self.traced)
+        for axis in guards.axes:
+            if axis.symbol in symbols:
+                small[axis.leaf] = small[axis.leaf].narrow(axis.axis, 0, 1)
+        if not _passes(guards, small) or self.disagreement(small) is not None:
+            return False
+        if self._path == self._traced_path:
+            return True
+        return all(self._agree_when_redrawn(small, seed) for seed in range(_DRAWS))
+
+    def disagreement(
+        self,
+        tensors: Tensors,
+        weights: Mapping[str, torch.Tensor] | None = None,
+        effects: bool = False,
+    ) -> str | None:
+        """How the graph differs from the model on these inputs, or None if it is bitwise equal.
+
+        `weights` take the place of parameters; `effects` compares buffers after the run as well.
+        """
+        try:
+            want = self._run(lambda given: self._of_model(given, weights), tensors, effects)
+        except Exception as error:
+            return f"{_MODEL_FAILS}: {type(error).__name__}: {error}"
+        try:
+            with self._constants_kept():
+                flat = self._flat(weights)
+                got = self._run(lambda given: list(flat(*given)), tensors, effects)
+        except Exception as error:
+            return f"the graph fails where the model runs: {type(error).__name__}: {error}"
+        if len(want) != len(got):
+            return "the model returns another number of values"
+        for k, (a, b) in enumerate(zip(want, got, strict=True)):
+            if (difference := _difference(a, b)) is not None:
+                return f"{self._label(k)} {difference}"
+        return None
+
+    def _label(self, k: int) -> str:
+        names = [*self.program.signature.outputs, *self.program.signature.tensor_names]
+        return [*names, *self._buffers][k]
+
+    def _run(
+        self, function: Callable[[list[torch.Tensor]], list[Any]], tensors: Tensors, effects: bool
+    ) -> list[Any]:
+        """The flat results, then the inputs and, if asked for, the buffers as the run left them."""
+        given = [t.clone() for t in tensors]
+        with seeded(self.model):
+            try:
+                results = [*function(given), *given]
+                if effects:
+                    now = dict(self.model.named_buffers(remove_duplicate=False))
+                    results += [now.get(name) for name in self._buffers]
+                # A result may be a buffer, which is about to be put back.
+                return [r.clone() if isinstance(r, torch.Tensor) else r for r in results]
+            finally:
+                self.restore()
+
+    def _of_model(
+        self, given: list[torch.Tensor], weights: Mapping[str, torch.Tensor] | None
+    ) -> list[Any]:
+        args, kwargs = self.program.signature.arguments(given)
+        with CallLog() as log, ReadOnlyParameters(self.model):
+            if weights is None:
+                out = self.model(*args, **kwargs)
+            else:
+                out = functional_call(self.model, dict(weights), args, kwargs)
+        self._path = log.calls
+        return pytree.tree_leaves(out)
+
+    def _flat(self, weights: Mapping[str, torch.Tensor] | None) -> nn.Module:
+        if weights is None:
+            return self.program.flat
+        own = {id(p): weights[name] for name, p in self.model.named_parameters()}
+        tensors = {k: own.get(id(t), t) for k, t in self.program.tensors.items()}
+        return flat_module(self.program.graph, tensors)
+
+    @contextlib.contextmanager
+    def _constants_kept(self) -> Iterator[None]:
+        """Undo what a run of the graph writes into tensors that are not the model's."""
+        written = [
+            self.program.tensors[str(n.args[0].target)]
+            for n in self.program.graph.nodes
+            if n.op == "call_function" and writes(n) and n.args[0].op == "get_attr"
+        ]
+        kept = [t.detach().clone() for t in written]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, value in zip(written, kept, strict=True):
+                    tensor.copy_(value)
+
+    @cached_property
+    def _traced_path(self) -> list[Any]:
+        self._run(lambda given: self._of_model(given, None), self.traced, False)
+        return self._path
+
+    def _agree_when_redrawn(self, tensors: Tensors, seed: int) -> bool:
+        if any(t.is_meta for t in [*tensors, *self.model.parameters()]):
+            return False
+        generator = torch.Generator().manual_seed(seed)
+        weights = {n: _moved(p, generator) for n, p in self.model.named_parameters()}
+        drawn = [_redrawn(t, generator) for t in tensors]
+        difference = self.disagreement(drawn, weights)
+        # Redrawn values may be ones that the model rejects.
+        return difference is None or difference.startswith(_MODEL_FAILS)
 
 
-@contextlib.contextmanager
-def _state_kept(program: Program) -> Iterator[None]:
-    """Undo what a run writes into buffers, so that the next run starts where this one did."""
-    written = [
-        program.tensors[str(n.args[0].target)]
-        for n in program.graph.nodes
-        if n.op == "call_function" and writes(n) and n.args[0].op == "get_attr"
-    ]
-    kept = [t.detach().clone() for t in written]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for tensor, value in zip(written, kept, strict=True):
-                tensor.copy_(value)
+def _moved(parameter: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    if not parameter.is_floating_point():
+        return parameter.detach()
+    noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+    return (parameter + 0.3 * noise).detach().requires_grad_(parameter.requires_grad)
 
 
-def _run_model(program: Program, model: nn.Module, tensors: Sequence[torch.Tensor]) -> list[Any]:
-    signature = program.signature
-    given = iter(t.clone() for t in tensors)
-    flat = [next(given) if leaf.is_tensor else leaf.constant for leaf in signature.leaves]
-    args, kwargs = pytree.tree_unflatten(flat, signature.in_spec)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return list(pytree.tree_flatten(model(*args, **kwargs))[0])
+def _redrawn(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Other values of the same kind: flags at random, integers out of those that are there."""
+    if tensor.is_floating_point() or tensor.is_complex():
+        return tensor + torch.randn(tensor.shape, generator=generator).to(tensor)
+    if bool(((tensor == 0) | (tensor == 1)).all()):
+        return torch.randint(0, 2, tensor.shape, generator=generator).to(tensor)
+    picked = torch.randint(0, tensor.numel(), tensor.shape, generator=generator)
+    return tensor.flatten()[picked.to(tensor.device)]
+
+
+def _difference(a: Any, b: Any) -> str | None:
+    if not isinstance(a, torch.Tensor):
+        return None if type(a) is type(b) and a == b else f"is {b!r}, not {a!r}"
+    if not isinstance(b, torch.Tensor) or a.shape != b.shape or a.dtype != b.dtype:
+        return "has another shape or dtype"
+    if a.is_meta or a.numel() == 0:
+        return None
+    same = (a == b) | ((a != a) & (b != b))
+    if bool(same.all()):
+        return None
+    wide = torch.complex128 if a.is_complex() else torch.float64
+    worst = (a.to(wide) - b.to(wide))[~same].abs().max().item()
+    return f"differs by up to {worst:.1e}"

@@ -11,17 +11,18 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.export import Dim
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from lensfx.capture.check import settle_guards
-from lensfx.capture.modes import tracing, untouched
+from lensfx.capture.check import DisagreementError, settle_guards
+from lensfx.capture.modes import ParameterWriteError, ReadOnlyParameters, tracing
 from lensfx.capture.normal_form import normal_form
+from lensfx.capture.untouched import holds_tensors, untouched
 from lensfx.errors import CaptureError, LensError
 from lensfx.graph.guards import Guards
 from lensfx.graph.program import Program, Source
@@ -30,7 +31,9 @@ from lensfx.graph.signature import Leaf, Signature
 __all__ = ["capture"]
 
 _TORCH_HOME = os.path.dirname(torch.__file__)
-_LENSFX_HOME = os.path.dirname(os.path.dirname(__file__))
+_CAPTURE_HOME = os.path.dirname(__file__)
+_SYMBOLS = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
+_LONGEST = 300
 
 
 @dataclass
@@ -41,32 +44,49 @@ class _Seen:
     constants: tuple[Any, ...] = ()
 
 
-class _Flat(nn.Module):
-    """The model as a function from a list of tensors to a list of tensors."""
+@dataclass(frozen=True)
+class _Constant:
+    value: Any
 
-    def __init__(self, model: nn.Module, leaves: Sequence[Leaf], spec: Any, seen: _Seen) -> None:
+
+@dataclass(frozen=True)
+class _Call:
+    """An example call, taken apart: its input tree and the tensors in it."""
+
+    forward: inspect.Signature
+    positional: tuple[str, ...]
+    keywords: tuple[str, ...]
+    in_spec: pytree.TreeSpec
+    leaves: tuple[Leaf, ...]
+    example: tuple[torch.Tensor, ...]
+
+    def signature(self, out_spec: Any) -> Signature:
+        """How calls bind to a program with this output tree."""
+        first = (self.forward, self.positional, self.keywords, self.in_spec, self.leaves)
+        return Signature(*first, out_spec, _output_names(out_spec))
+
+
+class _Flat(nn.Module):
+    """The model as a function from a list of tensors to a list of tensors and sizes."""
+
+    def __init__(self, model: nn.Module, call: _Call, seen: _Seen) -> None:
         super().__init__()
         self.model = model
-        self._call = (tuple(leaves), spec, seen)
+        self._call = (call, seen)
 
-    def forward(self, leaves: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The tensor leaves of the model's result."""
-        described, spec, seen = self._call
+    def forward(self, leaves: list[torch.Tensor]) -> list[Any]:
+        """The leaves of the model's result that depend on the call."""
+        call, seen = self._call
         given = iter(leaves)
-        flat = [next(given) if leaf.is_tensor else leaf.constant for leaf in described]
-        args, kwargs = pytree.tree_unflatten(flat, spec)
+        flat = [next(given) if leaf.is_tensor else leaf.constant for leaf in call.leaves]
+        args, kwargs = pytree.tree_unflatten(flat, call.in_spec)
         out, seen.out_spec = pytree.tree_flatten(self.model(*args, **kwargs))
-        seen.constants = tuple(None if isinstance(v, torch.Tensor) else _Constant(v) for v in out)
-        return [v for v in out if isinstance(v, torch.Tensor)]
+        seen.constants = tuple(None if isinstance(v, _SYMBOLS) else _Constant(v) for v in out)
+        return [v for v in out if isinstance(v, _SYMBOLS)]
 
 
 class _UntraceableError(Exception):
     """Torch's export failed; the cause says how."""
-
-
-@dataclass(frozen=True)
-class _Constant:
-    value: Any
 
 
 def capture(model: nn.Module, *args: Any, **kwargs: Any) -> Program:
@@ -78,11 +98,44 @@ def capture(model: nn.Module, *args: Any, **kwargs: Any) -> Program:
 
     Raises: CaptureError naming the user's line if the model rejects the call or cannot be traced.
     """
+    model = _unwrapped(model)
+    notes = _notes(model)
+    failure: Exception | None = None
+    with _quiet(), untouched(model, (args, kwargs)) as restore:
+        call = _taken_apart(model, args, kwargs)
+        _run_once(model, call)
+        if kept := restore():
+            notes += (f"forward sets {', '.join(kept[:5])}; a call of the program does not",)
+        for widened, fresh_casts in _attempts(call.example):
+            if not fresh_casts and not isinstance(failure, DisagreementError):
+                continue
+            try:
+                return _attempt(model, call, widened, fresh_casts, notes, restore)
+            except (_UntraceableError, LensError) as error:
+                failure = failure or error
+                restore()
+    assert failure is not None
+    raise _capture_error(model, failure) from failure
+
+
+def _unwrapped(model: Any) -> nn.Module:
+    # What torch.compile returns: its forward hides the signature and the parameters' names.
+    model = getattr(model, "_orig_mod", model)
     if not isinstance(model, nn.Module):
         raise CaptureError(
             f"capture takes a torch.nn.Module, not {type(model).__name__}",
             hint="wrap the function in a module whose forward calls it",
         )
+    lazy = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if is_lazy(t)]
+    if lazy:
+        raise CaptureError(
+            f"the model has no size for {lazy[0]} yet, it is lazy",
+            hint="call the model once before wrapping it",
+        )
+    return model
+
+
+def _taken_apart(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
     forward = inspect.signature(model.forward)
     try:
         named, positional, keywords = Signature.split(forward, args, kwargs)
@@ -94,45 +147,87 @@ def capture(model: nn.Module, *args: Any, **kwargs: Any) -> Program:
     tree = (tuple(named[n] for n in positional), {n: named[n] for n in keywords})
     flat, spec = pytree.tree_flatten(tree)
     leaves = tuple(_leaves(tree, positional))
-    example = tuple(v.detach() for v in flat if isinstance(v, torch.Tensor))
-    notes = _notes(model)
-    signature = partial(Signature, forward, positional, keywords, spec, leaves)
-    failure: Exception | None = None
-    with untouched(model):
-        for widened in _widenings(example):
-            try:
-                return _attempt(model, signature, leaves, spec, example, widened, notes)
-            except (_UntraceableError, LensError) as error:
-                failure = failure or error
-        assert failure is not None
-        raise _capture_error(model, leaves, spec, example, failure) from failure
+    for leaf in leaves:
+        if not leaf.is_tensor and holds_tensors(leaf.constant):
+            kind = type(leaf.constant).__name__
+            raise CaptureError(
+                f"{leaf.name} is an object of type {kind}, in which torch sees no tensors",
+                hint=f"pass the tensors in lists or dicts, or register {kind} as a pytree node",
+            )
+    tensors = (v.detach() for v in flat if isinstance(v, torch.Tensor))
+    example = tuple(v.clone() if v.is_inference() else v for v in tensors)
+    return _Call(forward, positional, keywords, spec, leaves, example)
+
+
+def _run_once(model: nn.Module, call: _Call) -> None:
+    """Run the model on the example, so that a call it rejects is not blamed on the tracer.
+
+    It also fills caches outside the model, as `functools.cache` makes them, with real tensors:
+    tracing would leave its own there.
+    """
+    seen = _Seen()
+    try:
+        with ReadOnlyParameters(model):
+            _Flat(model, call, seen)([t.clone() for t in call.example])
+    except ParameterWriteError as error:
+        raise CaptureError(
+            f"forward changes the parameter {error} in place",
+            at=_user_line(error),
+            hint="update parameters outside forward",
+        ) from None
+    except Exception as error:
+        raise CaptureError(
+            f"{type(model).__name__} itself fails on this example: {_said(error)}",
+            at=_user_line(error),
+            hint="call the model with these arguments before wrapping it",
+        ) from error
+    for constant in seen.constants:
+        if constant is not None and _hides_tensors(constant.value):
+            kind = type(constant.value).__name__
+            raise CaptureError(
+                f"the model returns an object of type {kind}, in which torch sees no tensors",
+                hint=f"return tuples, lists or dicts (transformers: use_cache=False), or register "
+                f"{kind} as a pytree node",
+            )
+
+
+def _hides_tensors(value: Any) -> bool:
+    return isinstance(value, Iterator) or holds_tensors(value)
+
+
+def _attempts(example: Sequence[torch.Tensor]) -> Iterator[tuple[tuple[torch.Tensor, ...], bool]]:
+    """What to trace with; plain casts are for a model that writes into what a cast returned."""
+    for widened in _widenings(example):
+        yield widened, True
+        yield widened, False
 
 
 def _attempt(
     model: nn.Module,
-    signature: Callable[..., Signature],
-    leaves: tuple[Leaf, ...],
-    spec: Any,
-    example: tuple[torch.Tensor, ...],
+    call: _Call,
     widened: tuple[torch.Tensor, ...],
+    fresh_casts: bool,
     notes: tuple[str, ...],
+    restore: Callable[[], Any],
 ) -> Program:
     seen = _Seen()
-    flat = _Flat(model, leaves, spec, seen).eval()
-    shapes = ([{d: Dim.AUTO for d in range(t.ndim)} for t in widened],)
+    flat = _Flat(model, call, seen)
+    flat.training = False
+    given = (list(widened),)
+    # Torch takes a description of no inputs at all for a mistake.
+    shapes = ([{d: Dim.AUTO for d in range(t.ndim)} for t in widened],) if widened else None
     try:
-        with _quiet(), tracing():
-            exported = torch.export.export(
-                flat, (list(widened),), dynamic_shapes=shapes, strict=False
-            )
+        with tracing(fresh_casts):
+            exported = torch.export.export(flat, given, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         raise _UntraceableError from error
-    graph, tensors, unread, aliases = normal_form(exported, model, leaves, seen.constants)
-    full = signature(seen.out_spec, _output_names(seen.out_spec))
+    restore()
+    graph, tensors, unread, aliases = normal_form(exported, model, call.leaves, seen.constants)
+    full = call.signature(seen.out_spec)
     guards = _guards(exported, graph, full)
     source = Source(type(model).__name__, notes, unread, aliases)
-    program = Program(graph, tensors, full, guards, example, source)
-    return settle_guards(program, model, widened)
+    program = Program(graph, tensors, full, guards, call.example, source)
+    return settle_guards(program, model, widened, restore)
 
 
 def _leaves(tree: Any, positional: Sequence[str]) -> Iterator[Leaf]:
@@ -185,61 +280,45 @@ def _widen(tensor: torch.Tensor, sizes: dict[int, int]) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Torch prints the partial graph of a failed export; our error says what the user needs."""
-    loggers = [logging.getLogger(n) for n in ("torch.export", "torch._export", "torch.fx")]
-    levels = [logger.level for logger in loggers]
-    with (
-        contextlib.redirect_stderr(io.StringIO()),
-        contextlib.redirect_stdout(io.StringIO()),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
-
-
-def _capture_error(
-    model: nn.Module,
-    leaves: Sequence[Leaf],
-    spec: Any,
-    example: Sequence[torch.Tensor],
-    failure: BaseException,
-) -> CaptureError:
-    name = type(model).__name__
+    """Torch logs and prints the partial graph of a failure; our error says what the user needs."""
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
-        with torch.no_grad():
-            _Flat(model, leaves, spec, _Seen())(list(example))
-    except Exception as error:
-        return CaptureError(
-            f"{name} itself fails on this example: {type(error).__name__}: {_first_line(error)}",
-            at=_user_line(error),
-            hint="call the model with these arguments before wrapping it",
-        )
+        with (
+            contextlib.redirect_stderr(io.StringIO()),
+            contextlib.redirect_stdout(io.StringIO()),
+            warnings.catch_warnings(),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+def _capture_error(model: nn.Module, failure: Exception) -> CaptureError:
     if isinstance(failure, LensError):
         return CaptureError(failure.headline, at=failure.at, hint=failure.hint)
     cause = failure.__cause__ or failure
     return CaptureError(
-        f"{name} cannot be traced: {type(cause).__name__}: {_first_line(cause)}",
+        f"{type(model).__name__} cannot be traced: {_said(cause)}",
         at=_user_line(cause),
         hint="express that line with tensor operations whose path does not depend on values",
     )
 
 
-def _first_line(error: BaseException) -> str:
+def _said(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else "no message"
+    said = lines[0] if lines else "no message"
+    return f"{type(error).__name__}: {said if len(said) <= _LONGEST else said[:_LONGEST] + '...'}"
 
 
 def _user_line(error: BaseException) -> str:
     frames = [
         f
         for f in traceback.extract_tb(error.__traceback__)
-        if not f.filename.startswith((_TORCH_HOME, _LENSFX_HOME)) and f.filename[0] != "<"
+        if not f.filename.startswith((_TORCH_HOME, _CAPTURE_HOME, "<"))
     ]
     if not frames:
         return ""

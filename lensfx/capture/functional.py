@@ -20,9 +20,10 @@ from typing import Any, NoReturn
 
 import torch
 from torch import fx, nn
+from torch._subclasses import FakeTensor
 
 from lensfx.errors import CaptureError
-from lensfx.graph.node import argument, is_op, op_name, where
+from lensfx.graph.node import argument, is_op, op_name, schema_names, where
 from lensfx.graph.ops import DROPOUTS, is_impure, reads_data, writes
 
 __all__ = ["functionalise"]
@@ -38,7 +39,7 @@ _STATS = {aten.batch_norm.default: "training", aten.instance_norm.default: "use_
 _STARTS = ("placeholder", "get_attr")
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, repr=False, slots=True)
 class _Place:
     """One tensor of the traced program: `node` made it, `value` is what it held when last visited.
 
@@ -133,7 +134,9 @@ class _Functionaliser:
         if isinstance(val, torch.SymInt):
             self.sizes.setdefault(_symbol(val), node)
         exact = isinstance(val, torch.Tensor) and not (val.is_floating_point() or val.is_complex())
-        computed = node.op == "call_function" and all(n in self.gradless for n in inputs)
+        computed = node.op == "call_function" and all(
+            n in self.gradless or not reads_data(node, n) for n in inputs
+        )
         if exact or computed or _is_constant(node):
             self.gradless.add(node)
 
@@ -264,6 +267,7 @@ class _Functionaliser:
         place.root.writer = node
         if _is_view(form):
             view = self.emit(place.root, form, *node.args, **node.kwargs)
+            view.meta["val"] = node.meta["val"]
             self.places[node] = self._view(view, place, place.value)
             return
         self.changed[place.root] = None
@@ -292,13 +296,18 @@ class _Functionaliser:
     def _new_value(self, node: fx.Node, place: _Place, form: Any) -> fx.Node:
         if node.target in _SOURCES:
             return self._copied(argument(node, _SOURCES[node.target]), place)
-        names = {a.name for a in form._schema.arguments}
-        kwargs = {k: v for k, v in node.kwargs.items() if k in names}
-        value = self.emit(place.root, _FILLS.get(node.target, form), *node.args, **kwargs)
-        if not _equal(value.meta["val"].shape, place.val.shape):
-            _refuse(node, place, "it changes the size of its argument")
+        args, kwargs = _handed(node, form)
+        try:
+            value = self.emit(place.root, _FILLS.get(node.target, form), *args, **kwargs)
+        except RuntimeError:
+            _refuse(node, place, f"torch cannot tell the shape of {form} here")
         if value.meta["val"].dtype != place.val.dtype:
             value = self.emit(place.root, aten._to_copy.default, value, dtype=place.val.dtype)
+        if not _equal(value.meta["val"].shape, place.val.shape):
+            if [*map(_hint, value.meta["val"].shape)] != [*map(_hint, place.val.shape)]:
+                _refuse(node, place, "it changes the size of its argument")
+            # A size that is 1 in the example was taken for one that is always 1.
+            value.meta["val"] = place.val
         return value
 
     def _copied(self, value: fx.Node, place: _Place) -> fx.Node:
@@ -505,9 +514,14 @@ def _same_place(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _fake(node: fx.Node) -> Any:
     vals = [n.meta["val"] for n in node.all_input_nodes]
-    modes = [v.fake_mode for v in vals if isinstance(v, torch._subclasses.FakeTensor)]
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    with torch.no_grad(), modes[0] if modes else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        for mode in [v.fake_mode for v in vals if isinstance(v, FakeTensor)][:1]:
+            stack.enter_context(mode)
+            if mode.shape_env is not None:
+                # What holds for the example's sizes must not become an assumption of the graph.
+                stack.enter_context(mode.shape_env.suppress_guards())
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
@@ -526,6 +540,15 @@ def _functional(target: Any) -> Any:
                 if _taken(schema.arguments) == wanted:
                     found[overload] = op
     return found.get(target._overloadname, next(iter(found.values()), None))
+
+
+def _handed(node: fx.Node, form: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments for the functional form, which has no `out` and sometimes fewer defaults."""
+    known = {a.name for a in form._schema.arguments}
+    needed = sum(not a.kwarg_only and not a.has_default_value() for a in form._schema.arguments)
+    names = schema_names(node.target)[len(node.args) : needed]
+    more = [argument(node, name) for name in names if name not in node.kwargs]
+    return (*node.args, *more), {k: v for k, v in node.kwargs.items() if k in known}
 
 
 def _taken(arguments: Sequence[Any]) -> list[tuple[str, str]]:

@@ -9,8 +9,8 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from lensfx.graph.node import argument, arguments, is_op
-from lensfx.graph.ops import DROPOUTS
+from lensfx.graph.node import argument, arguments, is_op, memory_of
+from lensfx.graph.ops import DROPOUTS, writes
 
 __all__ = ["drop_no_ops"]
 
@@ -20,16 +20,32 @@ aten = torch.ops.aten
 def drop_no_ops(graph: fx.Graph) -> None:
     """Rewire the readers of every no-op to its input, and spell every view as `reshape`.
 
-    The graph must be functional: then an alias and its base cannot be told apart.
+    The graph must be functional: then an alias and its base cannot be told apart, save by those
+    who get a result, and where a trailing write changes the base before it is returned.
     """
-    for node in list(graph.nodes):
-        if node.op != "call_function":
-            continue
+    calls = [n for n in graph.nodes if n.op == "call_function"]
+    written = {memory_of(n.args[0]) for n in calls if writes(n)}
+    for node in calls:
         _respell(node)
-        rule = _NO_OPS.get(node.target)
-        if rule is not None and rule(node):
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
+        if node.target not in _COPIES and _is_no_op(node):
+            _drop(node)
+    for node in calls:
+        if is_op(node, *_COPIES) and _is_no_op(node):
+            returned = any(u.op == "output" for u in node.users)
+            if returned or memory_of(node.args[0]) in written:
+                node.target, node.args, node.kwargs = aten.clone.default, node.args[:1], {}
+            else:
+                _drop(node)
+
+
+def _is_no_op(node: fx.Node) -> bool:
+    rule = _NO_OPS.get(node.target)
+    return rule is not None and rule(node)
+
+
+def _drop(node: fx.Node) -> None:
+    node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+    node.graph.erase_node(node)
 
 
 def _respell(node: fx.Node) -> None:
@@ -78,6 +94,7 @@ def _full_slice(node: fx.Node) -> bool:
     return given["start"] in (0, None) and given["step"] == 1 and (whole or _unchanged(node))
 
 
+_COPIES = (aten.clone.default, aten.lift_fresh_copy.default)
 _NO_OPS: dict[Any, Callable[[fx.Node], bool]] = {
     **dict.fromkeys(DROPOUTS, _eval_dropout),
     aten.alias.default: _always,

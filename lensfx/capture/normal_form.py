@@ -20,7 +20,7 @@ from lensfx.capture.functional import functionalise
 from lensfx.capture.no_ops import drop_no_ops
 from lensfx.errors import CaptureError
 from lensfx.graph.names import name_nodes
-from lensfx.graph.node import is_op, module_path, where
+from lensfx.graph.node import argument, is_op, memory_of, module_path, op_name, source_line, where
 from lensfx.graph.ops import constructs, is_impure, writes
 from lensfx.graph.program import remove_dead
 from lensfx.graph.signature import Leaf
@@ -29,6 +29,8 @@ __all__ = ["mark_weights", "normal_form"]
 
 aten = torch.ops.aten
 _ROOT = "model."
+# An argument of this name would hide what fx's generated code means by it.
+_CODE_NAMES = frozenset("self torch device inf nan NoneType fx_pytree pytree".split())
 
 ASSERTS = frozenset(
     {
@@ -85,6 +87,8 @@ class _Builder:
         self._state: dict[str, tuple[str, torch.Tensor]] = {}
         self._reads: dict[str, fx.Node] = {}
         self._anchor: fx.Node | None = None
+        self._no_grad: dict[fx.Node, None] = {}
+        self._depth = 0
         named = [
             *model.named_parameters(remove_duplicate=False),
             *model.named_buffers(remove_duplicate=False),
@@ -111,12 +115,15 @@ class _Builder:
                 else:
                     self._state[node.name] = self._lifted(spec)
                     env[node] = _Lazy(node)
-        self._copy(self.exported.graph, env, self.exported.graph_module, path="")
+        self._copy(self.exported.graph, env, self.exported.graph_module)
         self._output(env, constants)
+        self._refuse_gradless_writes()
         return self.graph
 
     def _input(self, node: fx.Node, name: str) -> fx.Node:
         twin = self.graph.placeholder(name)
+        # The target becomes the argument's name in code, and only names are made unique.
+        twin.target = twin.name
         twin.meta = {"val": node.meta["val"]}
         return twin
 
@@ -154,7 +161,7 @@ class _Builder:
             self.tensors[name] = tensor
         return self._reads[name]
 
-    def _copy(self, source: fx.Graph, env: dict[fx.Node, Any], owner: Any, path: str) -> None:
+    def _copy(self, source: fx.Graph, env: dict[fx.Node, Any], owner: Any) -> None:
         for node in source.nodes:
             if node.op in ("placeholder", "output") or is_op(node, *ASSERTS):
                 continue
@@ -187,6 +194,8 @@ class _Builder:
             "stack_trace": node.meta.get("stack_trace"),
             "nn_module_stack": stack,
         }
+        if self._depth:
+            self._no_grad[twin] = None
         return twin
 
     def _inline(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> list[Any]:
@@ -204,7 +213,9 @@ class _Builder:
         holders = [n for n in module.graph.nodes if n.op == "placeholder"]
         for holder, value in zip(holders, given, strict=True):
             inner[holder] = env[value] if isinstance(value, fx.Node) else value
-        self._copy(module.graph, inner, module, path="")
+        self._depth += detached
+        self._copy(module.graph, inner, module)
+        self._depth -= detached
         results = module.graph.output_node().args[0]
         return [self._result(r, inner, detached) for r in results]
 
@@ -220,6 +231,28 @@ class _Builder:
         twin = self.graph.call_function(aten.detach.default, (made,))
         twin.meta = {**made.meta, "val": val.detach()}
         return twin
+
+    def _refuse_gradless_writes(self) -> None:
+        """A value changed under no_grad keeps the gradient it had, which no operator expresses."""
+        carriers: set[fx.Node] = set()
+        for node in self.graph.nodes:
+            val = node.meta.get("val")
+            if not isinstance(val, torch.Tensor) or is_op(node, aten.detach.default):
+                continue
+            tracked = node not in self._no_grad and not carriers.isdisjoint(node.all_input_nodes)
+            own = node.op == "get_attr" and self.tensors[str(node.target)].requires_grad
+            if own or (tracked and (val.is_floating_point() or val.is_complex())):
+                carriers.add(node)
+        memories = {memory_of(n) for n in carriers}
+        for node in self._no_grad:
+            for name in writes(node):
+                target = argument(node, name)
+                if isinstance(target, fx.Node) and memory_of(target) in memories:
+                    raise CaptureError(
+                        f"{op_name(node)} under no_grad changes a value that gradients flow through",
+                        at=where(node),
+                        hint="write it out of place: `x = x + (new - x).detach()`",
+                    )
 
     def _output(self, env: Mapping[fx.Node, Any], constants: Sequence[Any]) -> None:
         results = self.exported.graph.output_node().args[0]
@@ -261,7 +294,7 @@ def _region(node: fx.Node) -> str:
 
 def _region_line(module_node: Any, env: Mapping[fx.Node, Any]) -> str:
     nodes = [n for n in env[module_node].graph.nodes if n.op == "call_function"]
-    return where(nodes[0]) if nodes else ""
+    return source_line(nodes[0]) if nodes else ""
 
 
 def _path(node: fx.Node) -> str:
@@ -278,7 +311,8 @@ def _closest(aliases: Sequence[str], path: str) -> str:
 
 
 def _identifier(name: str) -> str:
-    return "".join(c if c.isalnum() else "_" for c in name).strip("_") or "input"
+    text = "".join(c if c.isalnum() else "_" for c in name).strip("_") or "input"
+    return f"{text}_" if text in _CODE_NAMES else text
 
 
 def _refuse_parameter_writes(graph: fx.Graph, tensors: Mapping[str, torch.Tensor]) -> None:

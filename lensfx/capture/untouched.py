@@ -14,44 +14,66 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["holds_tensors", "untouched"]
+__all__ = ["holds_tensors", "seeded", "untouched"]
 
-# Deep enough for a cache in a helper object or in a hook's closure, too shallow for what merely
-# hangs off a module, such as the optimizer of the trainer that a module points to.
-_DEPTH = 4
+# Deep enough for a list in a hook's closure or in a helper object, too shallow for what merely
+# hangs off a module, such as the optimizer state of a trainer that the module points to.
+_DEPTH = 6
+_OURS = ("training", "_compiled_call_impl")
 _OPAQUE = (type, types.ModuleType, str, bytes, int, float, torch.dtype, torch.device)
 
 
 @contextlib.contextmanager
-def untouched(model: nn.Module) -> Iterator[Callable[[], None]]:
+def untouched(model: nn.Module, call: Any = ()) -> Iterator[Callable[[], list[str]]]:
     """Put the model into eval mode inside; afterwards every attribute, tensor and flag is back.
 
-    Tracing leaves fake tensors wherever a forward keeps something, and a real run updates buffers
-    and counters. Parameters are not copied; see ReadOnlyParameters. Yields a function that goes
-    back to the state at entry, eval mode kept.
+    Tracing leaves fake tensors wherever a forward keeps something, in the objects of its `call`
+    too, and a real run updates buffers and counters. Parameters are not copied; see
+    ReadOnlyParameters. Yields a function that goes back to the state at entry, eval mode kept, and
+    returns the names of what had changed.
     """
-    before = _State(model)
+    before = _State([*model.modules(), call])
+
+    def restore() -> list[str]:
+        changed = before.restore()
+        _prepare(model)
+        return changed
+
     try:
         with _random_state_kept(model):
-            for m in model.modules():
-                m.training = False
-                # A module compiled in place would be compiled anew under tracing.
-                m.__dict__["_compiled_call_impl"] = None
-            yield _State(model).restore
+            _prepare(model)
+            yield restore
     finally:
         before.restore()
 
 
+def _prepare(model: nn.Module) -> None:
+    for m in model.modules():
+        m.training = False
+        # A module compiled in place would be compiled anew under tracing.
+        m.__dict__["_compiled_call_impl"] = None
+
+
+@contextlib.contextmanager
+def seeded(model: nn.Module) -> Iterator[None]:
+    """Every generator that a run of the model can draw from at a fixed seed inside."""
+    with _random_state_kept(model):
+        random.seed(0)
+        torch.random.default_generator.manual_seed(0)
+        for device in _cuda_devices(model):
+            torch.cuda.default_generators[device].manual_seed(0)
+        if (numpy := sys.modules.get("numpy")) is not None:
+            numpy.random.seed(0)
+        yield
+
+
 @contextlib.contextmanager
 def _random_state_kept(model: nn.Module) -> Iterator[None]:
-    tensors = [*model.parameters(), *model.buffers()]
-    devices = {t.device.index for t in tensors if t.device.type == "cuda"}
     numpy = sys.modules.get("numpy")
     state = random.getstate(), numpy and numpy.random.get_state()
     try:
-        with torch.random.fork_rng(devices=sorted(d for d in devices if d is not None)):
+        with torch.random.fork_rng(devices=_cuda_devices(model)):
             yield
     finally:
         random.setstate(state[0])
@@ -59,29 +81,37 @@ def _random_state_kept(model: nn.Module) -> Iterator[None]:
             numpy.random.set_state(state[1])
 
 
-class _State:
-    """Every container and tensor that the modules of a tree keep, with its contents."""
+def _cuda_devices(model: nn.Module) -> list[int]:
+    tensors = [*model.parameters(), *model.buffers()]
+    return sorted({t.device.index for t in tensors if t.device.type == "cuda"})
 
-    def __init__(self, model: nn.Module) -> None:
+
+class _State:
+    """Every container and tensor within reach of some objects, with its contents."""
+
+    def __init__(self, roots: Iterable[Any]) -> None:
         self._containers: list[tuple[Any, Any]] = []
         self._tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for value in _reachable(model.modules()):
+        for value in _reachable(roots):
             if isinstance(value, torch.Tensor):
-                if not isinstance(value, (nn.Parameter, FakeTensor)):
+                # Subclasses may not compare or copy as plain tensors do.
+                if type(value) is torch.Tensor and value.layout is torch.strided:
                     self._tensors.append((value, value.detach().clone()))
             elif isinstance(value, types.CellType):
                 self._containers.append((value, value.cell_contents))
             elif isinstance(value, (dict, list, set, deque)):
                 self._containers.append((value, _copied(value)))
 
-    def restore(self) -> None:
-        """Put back what has changed, and leave alone what has not."""
+    def restore(self) -> list[str]:
+        """Put back what has changed and leave alone what has not; the keys of what has changed."""
+        changed: list[str] = []
         for container, kept in self._containers:
-            _refill(container, kept)
+            changed += _refill(container, kept)
         for tensor, value in self._tensors:
             if not tensor.is_meta and not _same(tensor, value):
                 with torch.inference_mode(tensor.is_inference()), torch.no_grad():
                     tensor.copy_(value)
+        return [name for name in dict.fromkeys(changed) if name not in _OURS]
 
 
 def holds_tensors(value: Any) -> bool:
@@ -143,26 +173,29 @@ def _copied(container: Any) -> Any:
     return list(container.items()) if isinstance(container, dict) else list(container)
 
 
-def _refill(container: Any, kept: Any) -> None:
+def _refill(container: Any, kept: Any) -> list[str]:
     if isinstance(container, types.CellType):
         container.cell_contents = kept
-        return
+        return []
     now = _copied(container)
     if isinstance(container, dict):
-        flat, old = ([x for pair in items for x in pair] for items in (now, kept))
-    else:
-        flat, old = now, kept
-    if len(flat) == len(old) and all(map(is_, flat, old)):
-        return
-    if isinstance(container, dict):
-        # A subclass may do more in its own methods than keep items.
-        kind: Any = OrderedDict if isinstance(container, OrderedDict) else dict
-        kind.clear(container)
-        for key, value in kept:
-            kind.__setitem__(container, key, value)
-    else:
+        return _refill_dict(container, now, kept)
+    if len(now) != len(kept) or not all(map(is_, now, kept)):
         container.clear()
         (container.update if isinstance(container, set) else container.extend)(kept)
+    return []
+
+
+def _refill_dict(container: dict[Any, Any], now: list[Any], kept: list[Any]) -> list[str]:
+    old, new = ({k: id(v) for k, v in items} for items in (kept, now))
+    if list(old.items()) == list(new.items()):
+        return []
+    # A subclass may do more in its own methods than keep items.
+    kind: Any = OrderedDict if isinstance(container, OrderedDict) else dict
+    kind.clear(container)
+    for key, value in kept:
+        kind.__setitem__(container, key, value)
+    return [str(k) for k in {**old, **new} if old.get(k) != new.get(k)]
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -16,8 +16,11 @@ from lensfx.errors import GuardError
 
 __all__ = ["Axis", "Guards"]
 
+_ATOM = re.compile(r"\d+|t\[\d+\]\.shape\[\d+\]")
 _SIZE = re.compile(r"L\['leaves'\]\[(\d+)\]\.size\(\)\[(\d+)\]")
 _INFINITE = 2**40
+# Ids of either width index alike; every other change of dtype is another model.
+_ALIKE = frozenset({torch.int32, torch.int64})
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ class Guards:
                     f"{name} has {tensor.ndim} axes, {ranks[i]} at capture",
                     hint="capture again with an example of this rank",
                 )
-            if tensor.dtype != dtype and (tensor.is_floating_point() or dtype.is_floating_point):
+            if tensor.dtype != dtype and not _ALIKE.issuperset((tensor.dtype, dtype)):
                 raise GuardError(
                     f"{name} is {tensor.dtype}, {dtype} at capture",
                     hint=f"pass {name}.to({dtype}), or capture again",
@@ -150,6 +153,9 @@ class Guards:
         codes = [c for c in derived if len(set(c.split(" == "))) == 2]
         codes += [_SIZE.sub(r"t[\1].shape[\2]", c).replace("\n", " ") for c in conditions]
         codes = list(dict.fromkeys(_sorted_equality(c) for c in codes))
+        # Axes of one size are checked as such.
+        fixed = {f"{a.size} == t[{a.leaf}].shape[{a.axis}]" for a in axes}
+        codes = [c for c in codes if c not in fixed]
         return cls(
             tuple(axes),
             tuple(_readable(c, names) for c in codes),
@@ -161,7 +167,8 @@ class Guards:
 
 def _sorted_equality(code: str) -> str:
     sides = code.split(" == ")
-    return " == ".join(sorted(sides)) if len(sides) == 2 and "(" not in code else code
+    plain = len(sides) == 2 and all(_ATOM.fullmatch(side) for side in sides)
+    return " == ".join(sorted(sides)) if plain else code
 
 
 def _readable(code: str, names: Sequence[str]) -> str:

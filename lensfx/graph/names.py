@@ -14,19 +14,24 @@ def native_name(node: fx.Node) -> str:
     return str(node.meta.get("native", ""))
 
 
-def free_name(wanted: str, taken: set[str]) -> str:
-    """`wanted`, or `wanted_1`, `wanted_2` ... if it is taken; the result is added to `taken`."""
-    name, i = wanted, 0
+def free_name(wanted: str, taken: dict[str, int]) -> str:
+    """`wanted`, or `wanted_1`, `wanted_2` ... if it is taken; the result is added to `taken`.
+
+    `taken` maps each name to the last number tried behind it, so that many nodes of one name cost
+    no more than few.
+    """
+    name, i = wanted, taken.get(wanted, 0)
     while name in taken:
         i += 1
         name = f"{wanted}_{i}"
-    taken.add(name)
+    taken[wanted] = i
+    taken.setdefault(name, 0)
     return name
 
 
 def name_nodes(graph: fx.Graph) -> None:
     """Give every unnamed operator node its native name; names that exist stay as they are."""
-    taken = {native_name(n) for n in graph.nodes}
+    taken = dict.fromkeys((native_name(n) for n in graph.nodes), 0)
     counts: dict[str, int] = {}
     for node in graph.nodes:
         if node.op != "call_function" or native_name(node) or value_of(node) is None:

@@ -16,6 +16,7 @@ __all__ = [
     "dtype_of",
     "is_op",
     "is_weight",
+    "memory_of",
     "module_path",
     "op_name",
     "schema_names",
@@ -26,7 +27,8 @@ __all__ = [
 ]
 
 _TORCH_HOME = os.path.dirname(torch.__file__)
-_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in .*\n(?:\s+(?P<code>.*))?')
+_CAPTURE_HOME = os.path.join(os.path.dirname(os.path.dirname(__file__)), "capture")
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in [^\n]*(?:\n\s+(?!File ")(?P<code>.*))?')
 
 
 @cache
@@ -98,6 +100,12 @@ def dtype_of(node: fx.Node) -> torch.dtype | None:
     return val.dtype if isinstance(val, torch.Tensor) else None
 
 
+def memory_of(node: Any) -> int | None:
+    """Which memory the node's fake value lies in, the same for all its views; None if no tensor."""
+    val = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return int(val.untyped_storage()._cdata) if isinstance(val, torch.Tensor) else None
+
+
 def is_weight(node: Any) -> bool:
     """Whether a value depends on parameters and constants only; capture and Edit keep the mark."""
     return isinstance(node, fx.Node) and bool(node.meta.get("weight"))
@@ -114,6 +122,7 @@ def module_path(node: fx.Node) -> str:
 def source_line(node: fx.Node) -> str:
     """The user's own line that made the node, `model.py:42  x = self.ln(x)`; empty if unknown."""
     frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
+    frames = [f for f in frames if not f["file"].startswith(_CAPTURE_HOME)]
     own = [f for f in frames if not f["file"].startswith(_TORCH_HOME)] or frames
     if not own:
         return ""

@@ -132,7 +132,12 @@ def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     """A copy with the same node names and its own metadata, and the map from old to new nodes."""
     new, mapping = fx.Graph(), {}
     for node in graph.nodes:
-        twin = new.node_copy(node, lambda n: mapping[n])
+        # Arguments are set afterwards: given to create_node they are searched for raw symbols,
+        # which costs more than all the rest of the copy.
+        twin = new.create_node(node.op, node.target, name=node.name, type_expr=node.type)
+        twin.args = fx.node.map_arg(node.args, mapping.__getitem__)
+        if node.kwargs:
+            twin.kwargs = fx.node.map_arg(node.kwargs, mapping.__getitem__)
         twin.meta = dict(node.meta)
         mapping[node] = twin
     return new, mapping

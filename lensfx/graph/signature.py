@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
-from lensfx.errors import CaptureError, GuardError
+from lensfx.errors import GuardError
 
 __all__ = ["Leaf", "Signature", "bound_arguments"]
 
@@ -38,6 +38,8 @@ def bound_arguments(
         if kind is inspect.Parameter.VAR_POSITIONAL:
             named.update({f"*{name}[{i}]": v for i, v in enumerate(value)})
         elif kind is inspect.Parameter.VAR_KEYWORD:
+            if twice := named.keys() & value.keys():
+                raise TypeError(f"{sorted(twice)} given by position and again by keyword")
             named.update(value)
         else:
             named[name] = value
@@ -110,6 +112,13 @@ class Signature:
                 f"argument {name!r} was not given at capture, so the graph does not read it",
                 hint=f"capture again with {name} in the example call",
             )
+
+    def arguments(self, tensors: Sequence[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call whose tensors are these: the inverse of `bind`, in the example's split."""
+        given = iter(tensors)
+        flat = [next(given) if leaf.is_tensor else leaf.constant for leaf in self.leaves]
+        args, kwargs = pytree.tree_unflatten(flat, self.in_spec)
+        return tuple(args), dict(kwargs)
 
     def unflatten(self, flat: list[Any]) -> Any:
         """The model's own kind of result, from the flat results of the graph."""

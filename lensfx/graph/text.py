@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ _DTYPES = {
     torch.int32: "i32",
     torch.bool: "bool",
 }
+# A size symbol of torch: `s12`, or `u3` for one that depends on data.
+_SYMBOL = re.compile(r"\b[su]\d+\b")
 
 
 def graph_text(graph: fx.Graph) -> str:
@@ -107,7 +110,5 @@ def _tail(node: fx.Node, symbols: dict[str, str]) -> str:
 def _size(size: Any, symbols: dict[str, str]) -> str:
     if isinstance(size, int):
         return str(size)
-    text = str(size)
-    if text.isidentifier():
-        return symbols.setdefault(text, f"n{len(symbols)}")
-    return f"({text})"
+    text = _SYMBOL.sub(lambda m: symbols.setdefault(m[0], f"n{len(symbols)}"), str(size))
+    return text if text.isidentifier() else f"({text})"

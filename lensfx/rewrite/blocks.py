@@ -55,7 +55,7 @@ def evaluate(
             memo[node] = _value(node, memo, leaf)
         value = memo[root]
         if isinstance(value, _Rows):
-            out = torch.empty(value.shape, dtype=dtype)
+            out = value.rows(0, 1).new_empty(value.shape, dtype=dtype)
             for a, b in value.blocks():
                 out[a:b] = value.rows(a, b)
             return out

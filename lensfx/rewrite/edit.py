@@ -55,7 +55,7 @@ class Edit:
         self._vals: dict[Any, Any] = {}
         # Which value of the graph before this pass a node stands for; added nodes have none.
         self._origin = {n: n.name for n in graph.nodes}
-        self._taken = {native_name(n) for n in graph.nodes}
+        self._taken = dict.fromkeys((native_name(n) for n in graph.nodes), 0)
         self._mode = next(
             (
                 mode
@@ -161,7 +161,7 @@ class At:
         self._anchor = anchor
         self._behind = behind
 
-    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    def call(self, target: Any, /, *args: Any, **kwargs: Any) -> fx.Node:
         """A new operator node here, with value, module path, source line and native name set.
 
         Raises: RewriteError if an argument is computed later in the graph, or the call cannot run.
@@ -198,7 +198,7 @@ class At:
         state.added.append(node)
         return node
 
-    def set(self, node: fx.Node, **named: Any) -> None:
+    def set(self, node: fx.Node, /, **named: Any) -> None:
         """Change arguments of a node by schema name; the node keeps its name, shape and dtype.
 
         Raises: RewriteError if the shape or dtype would change, or an input comes too late.

@@ -102,7 +102,7 @@ def _formula(name: str, root: fx.Node) -> Formula:
 
 def _names(graph: fx.Graph, roots: list[fx.Node]) -> dict[fx.Node, str]:
     folded = set(roots)
-    taken = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
+    taken = dict.fromkeys((str(n.target) for n in graph.nodes if n.op == "get_attr"), 0)
     claimed: dict[str, list[fx.Node]] = {}
     for root in roots:
         leaf = _spine(root)

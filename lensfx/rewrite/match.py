@@ -47,7 +47,10 @@ class Miss:
 
 @dataclass(frozen=True)
 class Match:
-    """The bindings of a pattern by name, as attributes; `readers` holds those of each reader."""
+    """The bindings of a pattern by name, as attributes; `readers` holds those of each reader.
+
+    `root` is the node the pattern matched at.
+    """
 
     bindings: Mapping[str, typing.Any]
     readers: tuple[Match, ...] = ()
@@ -116,7 +119,7 @@ def match(pattern: Pattern, node: fx.Node, program: Program | None = None) -> Ma
         missing = dict.fromkeys(names_of(pattern) - env.keys())
         bound = {**missing, **env}
         inner = frozenset(n for n in _walked(bound) if n is not node and not is_weight(n))
-        return Match(bound, (), program, inner)
+        return Match({**bound, "root": node}, (), program, inner)
     return solver.miss(node)
 
 
@@ -158,7 +161,7 @@ def _match_readers(
     bound = {**dict.fromkeys(names_of(pattern.producer)), **producer}
     if pattern.others is not None:
         bound[pattern.others] = tuple(dict.fromkeys(others))
-    return Match(bound, tuple(found), program, frozenset(interior))
+    return Match({**bound, "root": node}, tuple(found), program, frozenset(interior))
 
 
 def data_inputs_of(node: fx.Node) -> list[fx.Node]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx
@@ -96,37 +96,71 @@ def _check_order(passes: tuple[Pass, ...], done: tuple[PassReport, ...]) -> None
 
 def apply(entry: Pass, program: Program, limit: int | None = None) -> Program:
     """The program after one pass, or after its first `limit` rewrites."""
+    left_alone = _nothing_to_do(entry, program)
+    if left_alone is not None:
+        return _reported(entry, program, program.graph, (), left_alone)
     graph, _ = copy_graph(program.graph)
     edit = Edit(graph, entry.name, first=len(program.journal))
     working = program.with_graph(graph)
     refused: list[Refusal] = []
     for rule in entry.rules:
         _sweep(rule, working, edit, refused, limit)
-    if edit.journal:
-        remove_dead(graph)
-        try:
-            graph.lint()
-        except RuntimeError as error:
-            raise RewriteError(f"{entry.name} left a broken graph: {error}") from error
-    else:
-        graph = program.graph
+    remove_dead(graph)
+    try:
+        graph.lint()
+    except RuntimeError as error:
+        raise RewriteError(f"{entry.name} left a broken graph: {error}") from error
+    return _reported(entry, program, graph, _living(edit.journal, graph), refused)
+
+
+def _nothing_to_do(entry: Pass, program: Program) -> list[Refusal] | None:
+    """The refusals of a pass that would fire nowhere, found without a copy of the graph."""
+    refused: list[Refusal] = []
+    for rule in entry.rules:
+        for root, found in _found(rule, program):
+            reason = _reason(rule, found)
+            if reason is None:
+                return None
+            if reason.words:
+                refused.append(Refusal.at(root, module_path(root), reason.words, reason.blame))
+    return refused
+
+
+def _reported(
+    entry: Pass,
+    program: Program,
+    graph: fx.Graph,
+    journal: tuple[Rewrite, ...],
+    refused: list[Refusal],
+) -> Program:
     notes = tuple(
         f"{need} has not run: sites only it brings into form are not seen"
         for need in entry.needs
         if need.startswith("canonical") and need not in program.passes
     )
-    journal = _living(edit.journal, graph)
     report = PassReport(entry.name, journal, _unique(refused), notes, entry.needs)
-    stages = program.stages
-    if edit.journal:
-        stages = (*stages, Stage(entry.name, entry, graph, journal))
+    stage = (Stage(entry.name, entry, graph, journal),) if journal else ()
     return program.with_graph(
         graph,
         passes=(*program.passes, entry.name),
         journal=(*program.journal, *journal),
         reports=(*program.reports, report),
-        stages=stages,
+        stages=(*program.stages, *stage),
     )
+
+
+@dataclass(frozen=True)
+class _Reason:
+    words: str
+    blame: fx.Node
+
+
+def _reason(rule: Rule, found: Match | Miss) -> _Reason | None:
+    """Why a rule does not fire on what was found; empty words where that is nobody's business."""
+    if isinstance(found, Miss):
+        return _Reason(found.reason if found.at_site else "", found.node)
+    words = rule.unless(found)
+    return None if words is None else _Reason(words, found.root)
 
 
 def _living(journal: list[Rewrite], graph: fx.Graph) -> tuple[Rewrite, ...]:
@@ -143,15 +177,12 @@ def _sweep(
     for root, found in _found(rule, program):
         if limit is not None and len(edit.journal) >= limit:
             return
-        if isinstance(found, Miss):
-            if found.at_site:
-                refused.append(Refusal.at(root, module_path(root), found.reason, found.node))
-            continue
-        reason = rule.unless(found)
+        reason = _reason(rule, found)
         if reason is None:
+            assert isinstance(found, Match)
             _fire(rule, found, root, edit)
-        elif reason:
-            refused.append(Refusal.at(root, module_path(root), reason, root))
+        elif reason.words:
+            refused.append(Refusal.at(root, module_path(root), reason.words, reason.blame))
 
 
 def _found(rule: Rule, program: Program) -> Iterator[tuple[fx.Node, Match | Miss]]:

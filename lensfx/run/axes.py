@@ -6,65 +6,65 @@ from typing import Any
 
 import torch
 
-from lensfx.analysis.unembed import token_tables
+from lensfx.analysis.unembed import table_and_ids, token_tables
 from lensfx.errors import LensError
-from lensfx.graph.node import argument, shape_of
+from lensfx.graph.node import shape_of
 from lensfx.graph.program import Program
 from lensfx.run.names import Names
 
-__all__ = ["drop_batch", "slice_positions"]
+__all__ = ["Axes"]
+
+BATCH, POSITION = 0, 1
 
 
-def _axis(program: Program, names: Names, name: str, place: int) -> int | None:
-    """The axis of a named value that carries axis `place` of the token ids; None if none does."""
-    name = name.removesuffix("_grad")
-    table = next(token_tables(program), None)
-    if table is None:
-        return None
-    if name in names.canonical:
-        return place
-    ids = _shape(argument(table, "indices") if "indices" in table.kwargs else table.args[1])
-    shape = _shape(names.places[name].node)
-    symbol = str(ids[place]) if len(ids) > place else ""
-    if not symbol or symbol.isdigit():
-        return None
-    return next((i for i, size in enumerate(shape) if str(size) == symbol), None)
+class Axes:
+    """The batch and position axes of every named value: those that have the size of the ids'."""
 
+    def __init__(self, program: Program, names: Names) -> None:
+        self._names = names
+        table = next(token_tables(program), None)
+        found = table_and_ids(table) if table is not None else None
+        self._ids = tuple(shape_of(found[1]) or ()) if found is not None else ()
 
-def _shape(node: Any) -> tuple[Any, ...]:
-    if isinstance(node, (list, tuple)):
-        node = node[0]
-    return tuple(shape_of(node) or ())
+    def slice_positions(
+        self, name: str, value: torch.Tensor, wanted: slice | int | tuple[int | None, ...]
+    ) -> torch.Tensor:
+        """The value at some positions; one position given as a number drops the axis.
 
+        A value without a position axis is returned whole. Of queries and keys, the queries are
+        sliced.
+        """
+        axis = self._axis(name, POSITION)
+        if axis is None:
+            return value
+        index: list[Any] = [slice(None)] * value.ndim
+        index[axis] = slice(*wanted) if isinstance(wanted, tuple) else wanted
+        return value[tuple(index)]
 
-def slice_positions(
-    program: Program, names: Names, name: str, value: torch.Tensor, wanted: slice | int | None
-) -> torch.Tensor:
-    """The value at some positions; one position given as a number drops the axis.
+    def drop_batch(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """The value without its batch axis.
 
-    A value without a position axis is returned whole.
-    """
-    if wanted is None:
-        return value
-    axis = _axis(program, names, name, 1)
-    if axis is None or axis >= value.ndim:
-        return value
-    index: list[Any] = [slice(None)] * value.ndim
-    index[axis] = wanted
-    return value[tuple(index)]
+        Raises: LensError if the batch is larger than 1.
+        """
+        axis = self._axis(name, BATCH)
+        if axis is None:
+            return value
+        if value.shape[axis] != 1:
+            raise LensError(
+                f"remove_batch_dim needs a batch of 1, and {name} has {value.shape[axis]}",
+                hint="leave remove_batch_dim off",
+            )
+        return value.squeeze(axis)
 
-
-def drop_batch(program: Program, names: Names, name: str, value: torch.Tensor) -> torch.Tensor:
-    """The value without its batch axis.
-
-    Raises: LensError if the batch is larger than 1.
-    """
-    axis = _axis(program, names, name, 0)
-    if axis is None or axis >= value.ndim:
-        return value
-    if value.shape[axis] != 1:
-        raise LensError(
-            f"remove_batch_dim needs a batch of 1, and {name} has {value.shape[axis]}",
-            hint="leave remove_batch_dim off",
-        )
-    return value.squeeze(axis)
+    def _axis(self, name: str, place: int) -> int | None:
+        """The axis of a named value that carries axis `place` of the token ids; None if none does."""
+        name = name if name in self._names.places else name.removesuffix("_grad")
+        shape = tuple(shape_of(self._names.places[name].node) or ())
+        if place >= len(self._ids):
+            return None
+        size = self._ids[place]
+        if isinstance(size, int):
+            # Another axis may have the same number, so only where the convention says which it is.
+            agrees = name in self._names.canonical and len(shape) > 2 and shape[place] == size
+            return place if agrees else None
+        return next((i for i, other in enumerate(shape) if str(other) == str(size)), None)

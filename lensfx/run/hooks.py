@@ -40,48 +40,73 @@ class HookPoint:
 
 @dataclass(frozen=True)
 class Active:
-    """The functions of one run by hook name, in the order in which they are called."""
+    """The functions of one run by hook name, in the order in which they are called.
+
+    `collect` are given the gradient after all other hooks. A name in `demanded` must have one;
+    elsewhere a backward hook is left out where no gradient flows.
+    """
 
     points: Mapping[str, HookPoint]
     forward: Mapping[str, Sequence[HookFunction]]
     backward: Mapping[str, Sequence[HookFunction]]
+    collect: Mapping[str, HookFunction]
+    demanded: frozenset[str]
 
 
 def visit(value: torch.Tensor, name: str, active: Active) -> torch.Tensor:
     """The value after every forward hook of `name`; its backward hooks are attached to it.
 
+    A hook owns the tensor it is given: what it writes in place reaches the readers of `name`,
+    and neither a weight nor any other value.
+
     Raises: HookError if a hook returns anything but None or a tensor of the same shape, dtype and
-    device, or if a backward hook is asked for where no gradient flows.
+    device, or if a backward hook is demanded where no gradient flows.
     """
     point = active.points[name]
-    for hook in active.forward.get(name, ()):
+    forward = active.forward.get(name, ())
+    if forward:
+        # It may be a view of a weight or the very tensor of another value.
+        value = _through(value.clone(), point, forward)
+    backward = active.backward.get(name, ())
+    collect = active.collect.get(name)
+    if not value.requires_grad:
+        if name in active.demanded:
+            raise HookError(
+                f"{name} has no gradient: nothing before it requires one, or grad mode is off",
+                hint="run with gradients enabled and parameters or inputs that require them",
+            )
+        return value
+    if backward or collect is not None:
+        value = _with_backward(value, point, backward, collect)
+    return value
+
+
+def _through(
+    value: torch.Tensor, point: HookPoint, hooks: Sequence[HookFunction]
+) -> torch.Tensor:
+    for hook in hooks:
         result = hook(value, point)
         if result is not None:
-            _check(value, result, name)
+            _check(value, result, point.name)
             value = result
-    backward = active.backward.get(name, ())
-    if backward:
-        value = _with_backward(value, point, backward)
     return value
 
 
 def _with_backward(
-    value: torch.Tensor, point: HookPoint, hooks: Sequence[HookFunction]
+    value: torch.Tensor,
+    point: HookPoint,
+    hooks: Sequence[HookFunction],
+    collect: HookFunction | None,
 ) -> torch.Tensor:
-    if not value.requires_grad:
-        raise HookError(
-            f"{point.name} has no gradient: nothing before it requires one, or grad mode is off",
-            hint="run with gradients enabled and parameters or inputs that require them",
-        )
     # A view of its own: a hook on the value itself would also see gradients of earlier readers.
     value = value.view_as(value)
 
     def run(grad: torch.Tensor) -> torch.Tensor:
-        for hook in hooks:
-            result = hook(grad, point)
-            if result is not None:
-                _check(grad, result, point.name)
-                grad = result
+        if hooks:
+            # Autograd hands the same tensor to both sides of an add.
+            grad = _through(grad.clone(), point, hooks)
+        if collect is not None:
+            collect(grad, point)
         return grad
 
     value.register_hook(run)

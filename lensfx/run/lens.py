@@ -15,7 +15,7 @@ from lensfx.errors import HookError, LensError
 from lensfx.graph.network import to_networkx
 from lensfx.graph.program import Program
 from lensfx.report.report import Report
-from lensfx.run.axes import drop_batch, slice_positions
+from lensfx.run.axes import Axes
 from lensfx.run.cache import ActivationCache
 from lensfx.run.hooks import HookFunction, HookPoint
 from lensfx.run.module import as_module
@@ -58,16 +58,19 @@ class Lens:
         *args: Any,
         names_filter: NameFilter = None,
         stop_at_layer: int | None = None,
-        pos_slice: slice | int | None = None,
+        pos_slice: slice | int | tuple[int | None, ...] | None = None,
         incl_bwd: bool = False,
         remove_batch_dim: bool = False,
         device: torch.device | str | None = None,
+        return_cache_object: bool = True,
         **kwargs: Any,
-    ) -> tuple[Any, ActivationCache]:
+    ) -> tuple[Any, ActivationCache | Any]:
         """The model's result and the values of the names asked for; None keeps every name.
 
         `stop_at_layer=n` returns the stream before block n and computes nothing behind it.
         `incl_bwd` runs `backward` from the scalar result and adds gradients as `name_grad`.
+        `pos_slice` is a slice, its two or three numbers, or one position, which drops the axis.
+        `return_cache_object=False` gives a plain dict.
 
         Raises: UnknownNameError, and LensError where a value lies behind the stop.
         """
@@ -80,14 +83,13 @@ class Lens:
             _scalar(out).backward()
         kept = {name: value.detach() for name, value in zip(names, values, strict=True)}
         kept |= {f"{name}_grad": grads[name] for name in names if name in grads}
-        kept = {
-            k: slice_positions(self.program, self._names, k, v, pos_slice) for k, v in kept.items()
-        }
+        if pos_slice is not None:
+            kept = {k: self._axes.slice_positions(k, v, pos_slice) for k, v in kept.items()}
         if remove_batch_dim:
-            kept = {k: drop_batch(self.program, self._names, k, v) for k, v in kept.items()}
+            kept = {k: self._axes.drop_batch(k, v) for k, v in kept.items()}
         if device is not None:
             kept = {k: v.to(device) for k, v in kept.items()}
-        return out, ActivationCache(kept, self._names.all)
+        return out, ActivationCache(kept, self._names.all) if return_cache_object else kept
 
     def run_with_hooks(
         self,
@@ -114,17 +116,16 @@ class Lens:
         clear_contexts: bool = False,
     ) -> Iterator[Lens]:
         """Attach hooks inside a `with` block; blocks can be nested."""
-        handles = []
-        checked = [(self._hooks.check(n, f), f, "fwd") for n, f in fwd_hooks]
-        checked += [(self._hooks.check(n, f), f, "bwd") for n, f in bwd_hooks]
+        entries = [self._hooks.check(n, f, "fwd") for n, f in fwd_hooks]
+        entries += [self._hooks.check(n, f, "bwd") for n, f in bwd_hooks]
+        for entry in entries:
+            self._hooks.add(entry)
         try:
-            for names, fn, direction in checked:
-                handles.append(self._hooks.add(names, fn, direction))
             yield self
         finally:
             if reset_hooks_end:
-                for handle in handles:
-                    self._hooks.remove(handle)
+                for entry in entries:
+                    self._hooks.remove(entry)
             if clear_contexts:
                 self._hooks.clear_contexts()
 
@@ -140,11 +141,12 @@ class Lens:
         """Attach a hook to a name, a list of names, or all names a predicate holds for.
 
         It stays until `reset_hooks`; a permanent one until `reset_hooks(including_permanent=True)`.
+        `level` is taken for callers written for TransformerLens and has no effect: a `with` block
+        removes its own hooks and no others.
 
         Raises: UnknownNameError, HookError for what is not callable or no direction.
         """
-        names = self._hooks.check(name, fn)
-        self._hooks.add(names, fn, dir, is_permanent, prepend)
+        self._hooks.add(self._hooks.check(name, fn, dir, is_permanent), prepend)
 
     def reset_hooks(
         self,
@@ -170,6 +172,10 @@ class Lens:
         if component != "ops":
             raise LensError(f"there is no component graph of {component!r}", hint="component='ops'")
         return to_networkx(self.program)
+
+    @cached_property
+    def _axes(self) -> Axes:
+        return Axes(self.program, self._names)
 
     def parameters(self) -> list[nn.Parameter]:
         """Each trainable tensor once: the model's own objects, save those that a pass folded."""
@@ -197,7 +203,7 @@ class Lens:
         tensors = self.program.signature.bind(args, kwargs)
         self.program.guards.check(tensors)
         active = self._hooks.active(grads or {})
-        edited = frozenset(active.forward) | frozenset(active.backward)
+        edited = frozenset(active.forward) | frozenset(active.backward) | frozenset(active.collect)
         if stop is not None:
             upstream = self._runs.upstream(stop)
             edited = frozenset(n for n in edited if self._names.places[n].node in upstream)
@@ -243,7 +249,8 @@ class Lens:
         self, names: Sequence[str], grads: dict[str, torch.Tensor]
     ) -> dict[str, HookFunction]:
         def collect(grad: torch.Tensor, hook: HookPoint) -> None:
-            grads[hook.name] = grad.detach()
+            # A leaf behind the value may keep this very tensor as its `grad` and add to it later.
+            grads[hook.name] = grad.detach().clone()
 
         live = self._runs.upstream_of_outputs()
         return {n: collect for n in names if self._names.places[n].node in live}

@@ -10,17 +10,20 @@ from lensfx.errors import HookError
 from lensfx.run.hooks import Active, HookFunction, HookPoint
 from lensfx.run.names import NameFilter, Names
 
-__all__ = ["Registry"]
+__all__ = ["Attached", "Registry"]
 
 DIRECTIONS = ("fwd", "bwd")
 
 
 @dataclass(eq=False)
-class _Attached:
+class Attached:
+    """One function and the names it is for; `by_name` if a user wrote them out."""
+
     names: tuple[str, ...]
     fn: HookFunction
     direction: str
     permanent: bool
+    by_name: bool
 
 
 class Registry:
@@ -28,37 +31,36 @@ class Registry:
 
     def __init__(self, names: Names) -> None:
         self._names = names
-        self._attached: list[_Attached] = []
+        self._attached: list[Attached] = []
         self._points: dict[str, HookPoint] = {}
 
-    def check(self, name: NameFilter, fn: Any) -> tuple[str, ...]:
-        """The names a hook is for; nothing is attached yet.
+    def check(
+        self,
+        name: NameFilter,
+        fn: Any,
+        direction: str = "fwd",
+        permanent: bool = False,
+    ) -> Attached:
+        """A hook with the names it is for; nothing is attached yet.
 
-        Raises: UnknownNameError, or HookError if `fn` cannot be called.
+        Raises: UnknownNameError, or HookError if `fn` cannot be called or there is no such
+        direction.
         """
         if not callable(fn):
             raise HookError(
                 f"a hook is a function of (value, hook), not {type(fn).__name__}",
                 hint="pass lambda value, hook: ...",
             )
-        return tuple(self._names.resolve(name))
-
-    def add(
-        self,
-        names: tuple[str, ...],
-        fn: HookFunction,
-        direction: str = "fwd",
-        permanent: bool = False,
-        prepend: bool = False,
-    ) -> _Attached:
-        """Attach a checked hook and return the handle that removes it."""
         if direction not in DIRECTIONS:
             raise HookError(f"dir={direction!r} is no direction", hint="dir='fwd' or dir='bwd'")
-        entry = _Attached(names, fn, direction, permanent)
-        self._attached.insert(0 if prepend else len(self._attached), entry)
-        return entry
+        by_name = name is not None and not callable(name)
+        return Attached(tuple(self._names.resolve(name)), fn, direction, permanent, by_name)
 
-    def remove(self, entry: _Attached) -> None:
+    def add(self, entry: Attached, prepend: bool = False) -> None:
+        """Attach a checked hook, behind all others or before them."""
+        self._attached.insert(0 if prepend else len(self._attached), entry)
+
+    def remove(self, entry: Attached) -> None:
         """Detach one hook; the others stay."""
         self._attached = [e for e in self._attached if e is not entry]
 
@@ -79,13 +81,14 @@ class Registry:
             point.clear_context()
 
     def active(self, collect: Mapping[str, HookFunction]) -> Active:
-        """The hooks of one run; `collect` are backward hooks called after all others."""
+        """The hooks of one run; `collect` are called with gradients after all others."""
         calls: dict[str, dict[str, list[HookFunction]]] = {d: {} for d in DIRECTIONS}
+        demanded: set[str] = set()
         for entry in self._attached:
             for name in entry.names:
                 calls[entry.direction].setdefault(name, []).append(entry.fn)
-        for name, fn in collect.items():
-            calls["bwd"].setdefault(name, []).append(fn)
-        for name in {*calls["fwd"], *calls["bwd"]}:
+            if entry.by_name and entry.direction == "bwd":
+                demanded.update(entry.names)
+        for name in {*calls["fwd"], *calls["bwd"], *collect}:
             self._points.setdefault(name, HookPoint(name))
-        return Active(self._points, calls["fwd"], calls["bwd"])
+        return Active(self._points, calls["fwd"], calls["bwd"], collect, frozenset(demanded))

@@ -60,7 +60,7 @@ def rows(reference: Tensor, candidate: Tensor) -> Difference:
     if reference.numel() == 0:
         return Difference(0.0)
     a, b = reference.detach(), candidate.detach()
-    if not a.is_floating_point() and not a.is_complex():
+    if _sort(a) in ("boolean", "integer"):
         return _first(a, b, a != b, "these must be equal")
     a, b = _flat(a), _flat(b)
     same = (a == b) | (a.isnan() & b.isnan())
@@ -117,12 +117,16 @@ def _sort(t: Tensor) -> str:
     return "complex" if t.is_complex() else "real" if t.is_floating_point() else "integer"
 
 
+def real_parts(t: Tensor) -> Tensor:
+    """`t`, or its real and imaginary parts along one more axis if it is complex."""
+    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
+
+
 def _flat(t: Tensor) -> Tensor:
     """Real numbers in float64, `[rows, row]`; a scalar is one row of one."""
-    if t.is_complex():
-        t = torch.view_as_real(t.resolve_conj()).flatten(-2)
-    t = t.to(torch.float64)
-    return t.reshape(-1, t.shape[-1] if t.ndim and t.shape[-1] else 1)
+    wide = real_parts(t).to(torch.float64)
+    wide = wide.flatten(-2) if t.is_complex() else wide
+    return wide.reshape(-1, wide.shape[-1] if wide.ndim and wide.shape[-1] else 1)
 
 
 def _norm(t: Tensor) -> Tensor:
@@ -138,7 +142,7 @@ def _relative(difference: Tensor, reference: Tensor) -> Tensor:
     sizes, errors = _norm(reference), _norm(difference)
     present = sizes[sizes > 0.0]
     floor = FLOOR * present.median() if len(present) else sizes.new_zeros(())
-    return torch.where(errors > 0.0, errors / sizes.clamp(min=floor), 0.0)
+    return torch.where(errors == 0.0, 0.0, errors / sizes.clamp(min=floor))
 
 
 def _first(reference: Tensor, candidate: Tensor, wrong: Tensor, note: str) -> Difference:
@@ -152,11 +156,7 @@ def _at(
     reference: Tensor, candidate: Tensor, place: int, error: float, note: str = ""
 ) -> Difference:
     """A difference at an element, counted through the real numbers of both tensors."""
-    a, b = (
-        torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
-        for t in (reference, candidate)
-    )
-    spot = torch.unravel_index(torch.tensor(place), a.shape)
-    index = tuple(int(i) for i in spot)
-    shown = index[:-1] if reference.is_complex() else index
+    a, b = real_parts(reference), real_parts(candidate)
+    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(place), a.shape))
+    shown = index[: reference.ndim]
     return Difference(error, shown, float(a[index]), float(b[index]), note)

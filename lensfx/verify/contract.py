@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lensfx.errors import PipelineError
-from lensfx.verify.compare import Difference, rows
+from lensfx.verify.compare import Difference, real_parts, rows
 
 __all__ = ["Contract", "Exact", "Observes", "UpToLogitShift"]
 
@@ -67,15 +67,16 @@ class Observes(Contract):
         if reference.dtype is not candidate.dtype:
             return Difference(inf, note=f"{reference.dtype} became {candidate.dtype}")
         found = rows(reference, candidate)
-        if found.error or not reference.is_floating_point():
+        if found.error:
             return found
+        a, b = real_parts(reference.detach()), real_parts(candidate.detach())
         # Equal by value from here on, so only the sign of a zero can still differ.
-        wrong = (reference == 0) & (reference.signbit() != candidate.signbit())
+        wrong = (a == 0) & (a.signbit() != b.signbit())
         if not bool(wrong.any()):
             return found
         index = tuple(int(i) for i in wrong.nonzero()[0])
-        values = float(reference[index]), float(candidate[index])
-        return Difference(inf, index, *values, note="the sign of a zero differs")
+        note = "the sign of a zero differs"
+        return Difference(inf, index[: reference.ndim], float(a[index]), float(b[index]), note)
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ class UpToLogitShift(Contract):
 
         Raises: PipelineError where the shifts are along different axes.
         """
-        if not isinstance(other, UpToLogitShift):
+        if not isinstance(other, UpToLogitShift) or self == other:
             return super().join(other)
         if self.axis != other.axis:
             raise PipelineError(
@@ -156,8 +157,8 @@ class UpToLogitShift(Contract):
             )
         if self.output is None or other.output is None:
             return UpToLogitShift(None, self.axis)
-        both = tuple(dict.fromkeys((*self._outputs(), *other._outputs())))
-        return UpToLogitShift(both[0] if len(both) == 1 else both, self.axis)
+        both = {*self._outputs(), *other._outputs()}
+        return UpToLogitShift(tuple(sorted(both, key=str)), self.axis)
 
     def _outputs(self) -> tuple[Output, ...]:
         if self.output is None:

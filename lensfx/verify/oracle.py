@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from types import BuiltinFunctionType, MethodDescriptorType
 from typing import Any, TypeVar, cast
 
@@ -48,6 +48,7 @@ MOVES = {"_to_copy", "clone", "embedding", "gather", "index", "index_select"}
 LOOKS = {"tolist", "numpy", "__array__", "__dlpack__", "__repr__", "__format__"}
 # Python functions that call composites where the upper mode no longer looks.
 WRAPPERS = {"cartesian_prod", "meshgrid", "multi_head_attention_forward", "tensordot"}
+RMS_NORMS = {f"{part}rms_norm{end}" for part in ("", "_fused_") for end in ("", ".default")}
 
 
 @dataclass(frozen=True)
@@ -236,16 +237,12 @@ class _Operators(TorchDispatchMode):
         if kind.writes:
             out = self._write(func, kind, args, kwargs)
         elif kind.name in MOVES:
-            out = self._move(func, args, kwargs)
+            moved = partial(func, self.memory.current(args[0]))
+            out = self.memory.widen(self.memory.call(moved, args[1:], kwargs))
         else:
             out = self.memory.call(func, args, kwargs)
         self.memory.record(out, (*args, *kwargs.values()))
         return out
-
-    def _move(self, func: Any, args: Args, kwargs: Kwargs) -> Any:
-        widen, source = self.memory.widen, self.memory.current(args[0])
-        rest = {k: widen(v) for k, v in kwargs.items()}
-        return widen(func(source, *map(widen, args[1:]), **rest))
 
     def _write(self, func: Any, kind: _Kind, args: Args, kwargs: Kwargs) -> Any:
         memory = self.memory
@@ -321,9 +318,9 @@ class _Calls(TorchFunctionMode):
             return self._construct(name, func, args, kwargs)
         elif name == "__setitem__" and isinstance(args[2], (float, complex)):
             args = (*args[:2], torch.tensor(args[2]))
-        elif name.partition(".")[0].endswith("rms_norm"):
+        elif name in RMS_NORMS:
             args, kwargs = self._spell_eps(args, kwargs)
-        wide = name in LOOKS or name in WRAPPERS or _is_free(func)
+        wide = name in LOOKS or name in WRAPPERS or name in RMS_NORMS or _is_free(func)
         if wide and kwargs.get("out") is None:
             return self.memory.call(func, args, kwargs)
         return func(*args, **kwargs)
@@ -354,12 +351,11 @@ class Float64:
     Every floating tensor is widened at each use, every dtype argument that names a smaller float
     names float64, the default dtype is float64, autocast and gradients are off. So casts to
     a smaller dtype and back change nothing, and a float32 norm inside a bfloat16 model is the
-    norm. Integers stay what they are. Weights are widened one use at a time, so a model is never
-    held twice; only what the program writes to in place is.
+    norm. A weight is widened at each use and dropped: only what is written to is held twice.
 
-    `overrides` maps outside tensors, mostly parameters, to what is read in their place, through
-    every alias of them: ties, views, detached copies. A read-only override is borrowed. `dtype` is
-    what the program was written for, where no tensor shows it: it decides an eps not given.
+    `overrides` maps outside tensors, mostly parameters, to what is read in their place by every
+    alias of them: ties, views, detached copies. `dtype` is what the program was written for, where
+    its tensors do not show it: that decides the eps of an `rms_norm` that is given none.
 
     Raises: LensError, in the block, where bits of a float are read as an integer, where an outside
     tensor would get other data or another size, and for operators that run a hidden program.

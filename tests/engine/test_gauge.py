@@ -83,7 +83,6 @@ class Draw:
         return a, b
 
 
-# How arguments are drawn from what their names say.
 FLOATS = (torch.float64, torch.complex128, torch.int64)
 NAMED: dict[str, Callable[[Draw, Tensor, str], Any]] = {
     "dim": lambda d, x, kind: d.some(x.ndim) if "List" in kind else d.dim(x),
@@ -256,35 +255,31 @@ MAKERS[hook_point] = lambda d: (d.any(), "name")
 OPS = pytest.mark.parametrize("target", [*TABLE, aten.tanh.default], ids=str)
 
 
-# One transfer function against one call of its operator.
-def call(target: Any, d: Draw) -> tuple[list[Any], dict[str, Any]]:
+def drawn(target: Any, d: Draw) -> tuple[list[Any], dict[str, Any]]:
     made = MAKERS[target](d) if target in MAKERS else by_schema(target, d)
     return (list(made[:-1]), made[-1]) if isinstance(made[-1], dict) else (list(made), {})
 
 
 def graph_of(target: Any, args: list[Any], kwargs: dict[str, Any]) -> tuple[fx.Node, Any]:
     """The node of one call, and a function from an argument to the node it has become."""
-    graph, nodes = fx.Graph(), {}
+    graph, known = fx.Graph(), {}
 
     def place(t: Any) -> Any:
-        if isinstance(t, Tensor) and id(t) not in nodes:
+        if isinstance(t, Tensor) and id(t) not in known:
             base = t
             for axis in (a for a, n in enumerate(t.shape) if n > 1 and t.stride(a) == 0):
                 base = base.narrow(axis, 0, 1)
-            nodes[id(t)] = graph.placeholder(f"x{len(nodes)}")
-            nodes[id(t)].meta["val"] = base
+            known[id(t)] = node = graph.placeholder(f"x{len(known)}")
+            node.meta["val"] = base
             if base.shape != t.shape:
-                nodes[id(t)] = graph.call_function(
-                    aten.expand.default, (nodes[id(t)], list(t.shape))
-                )
-                nodes[id(t)].meta["val"] = t
-        return nodes.get(id(t), t)
+                known[id(t)] = graph.call_function(aten.expand.default, (node, list(t.shape)))
+                known[id(t)].meta["val"] = t
+        return known.get(id(t), t)
 
-    node = graph.call_function(
-        target, tuple(pytree.tree_map(place, args)), pytree.tree_map(place, kwargs)
-    )
-    node.meta["val"] = target(*args, **kwargs)
-    return node, place
+    placed = pytree.tree_map(place, (tuple(args), kwargs))
+    call = graph.call_function(target, *placed)
+    call.meta["val"] = target(*args, **kwargs)
+    return call, place
 
 
 def shift_of(x: Tensor, axes: set[int], d: Draw) -> Tensor:
@@ -316,7 +311,7 @@ def check(outcome: Outcome, before: Tensor, after: Tensor) -> None:
 
 def holds(target: Any, d: Draw) -> list[Outcome]:
     """The outcomes for one argument of a random call, each checked against the operator."""
-    args, kwargs = call(target, d)
+    args, kwargs = drawn(target, d)
     node, place = graph_of(target, args, kwargs)
     names = schema_names(target) or ("self",)
     slots = [
@@ -329,14 +324,14 @@ def holds(target: Any, d: Draw) -> list[Outcome]:
     axes = with_ones(x, d.some(x.ndim))
     moved = x + shift_of(x, axes, d)
 
-    def swap(name_: str, given: Any) -> Any:
+    def shifted(slot: str, given: Any) -> Any:
         if isinstance(given, list):
-            return [moved if (name_, i) == (name, item) else g for i, g in enumerate(given)]
-        return moved if name_ == name else given
+            return [moved if (slot, i) == (name, item) else g for i, g in enumerate(given)]
+        return moved if slot == name else given
 
     after = target(
-        *(swap(n, a) for n, a in zip((*names, *[""] * len(args)), args, strict=False)),
-        **{n: swap(n, a) for n, a in kwargs.items()},
+        *(shifted(n, a) for n, a in zip((*names, "name"), args, strict=False)),
+        **{n: shifted(n, a) for n, a in kwargs.items()},
     )
     before, many = node.meta["val"], not isinstance(node.meta["val"], Tensor)
     outcomes = []
@@ -413,7 +408,6 @@ def test_a_parameter_vector_that_counts_as_constant_is_caught(
         seeded(aten.mul.Tensor)
 
 
-# Whole graphs: a verdict is truthful if no shift that it calls dead changes an output.
 def traced(module: nn.Module | Callable[..., Any], *inputs: Tensor, dynamic: bool = False) -> Any:
     """The flat graph of a function or a module in float64, and how it is called."""
     if not isinstance(module, nn.Module):
@@ -461,8 +455,8 @@ def truthful(graph: Any, node: fx.Node, axes: Any, allowed: Any = None) -> Proof
         for k, after in enumerate(outputs(gm, inputs, node, set(axes), seed)):
             if isinstance(after, Tensor):
                 free = (allowed or {}).get(k)
-                axes_ = frozenset(a % after.ndim for a in free or ())
-                check(Kill() if free is None else Carry(axes_), before[k], after)
+                kept = frozenset(a % after.ndim for a in free or ())
+                check(Kill() if free is None else Carry(kept), before[k], after)
     return verdict
 
 
@@ -657,7 +651,6 @@ def test_an_output_that_sees_no_shift_is_caught(monkeypatch: pytest.MonkeyPatch)
         truthful(graph, nodes(graph, "linear")[1], {2})
 
 
-# Small graphs for what one operator alone does not show.
 X = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 FUNCTIONS: dict[str, tuple[Callable[[Tensor], Any], bool]] = {
     "softmax": (lambda s: s.softmax(-1), True),
@@ -753,6 +746,18 @@ def test_what_is_constant_before_the_shift_is_not_after_it() -> None:
         assert isinstance(gauge.dead(first_input(graph), ()), Proof)
     assert isinstance(truthful(graph, v, {0}), Seen)
     assert isinstance(truthful(graph, v, {0, 1}), Proof)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_readers_of_unknown_make_see(nested: bool) -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["val"] = X
+    odd = graph.call_function(len, ([[x]] if nested else x,))
+    graph.output((odd,))
+    seen = dead(x, {0, 1, 2})
+    assert isinstance(seen, Seen)
+    assert seen.reason == "no rule for len at %len_1; nothing is assumed"
 
 
 def test_recheck_misses_no_step() -> None:

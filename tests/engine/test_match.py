@@ -47,7 +47,8 @@ def found(build: Build, pattern: Object) -> Object:
     result = match(pattern, root)
     if isinstance(result, Miss):
         return f"{result.reason} @ {result.node.name}"
-    return {k: shown(v) for k, v in result.bindings.items()}
+    assert result.root is root
+    return {k: shown(v) for k, v in result.bindings.items() if k != "root"}
 
 
 def norm(*args: Object, target: Object = aten.layer_norm.default) -> Build:

@@ -294,7 +294,8 @@ def compare_everywhere(seed: int, seen: Counter[str]) -> None:
     for node in calls:
         result, expected = match(pattern, node), reference(pattern, node)
         bound = dict(result.bindings) if isinstance(result, Match) else None
-        assert bound == expected, f"{pattern} at {node} of\n{graph}"
+        wanted = None if expected is None else {**expected, "root": node}
+        assert bound == wanted, f"{pattern} at {node} of\n{graph}"
         seen["miss" if bound is None else "match"] += 1
 
 
@@ -305,8 +306,8 @@ def compare_readers(seed: int, seen: Counter[str]) -> None:
     if not reads:
         return
     root, reader = pick(reads)
-    producer = Op("root", (root.target,), readers=pick((None, None, None, 1)))
-    reader = Patterns(pick).op(reader, 2, {"self": Ref("root")})
+    producer = Op("made", (root.target,), readers=pick((None, None, None, 1)))
+    reader = Patterns(pick).op(reader, 2, {"self": Ref("made")})
     pattern = EveryReader(producer, reader, others=pick((None, "others")))
     result, expected = match(pattern, root), reference_readers(pattern, root)
     place = f"{pattern} at {root} of\n{graph}"
@@ -335,14 +336,14 @@ SEEDS = st.integers(0, 2**64 - 1)
 def test_against_the_reference(compare: Callable[..., None]) -> None:
     seen: Counter[str] = Counter()
 
-    @settings(max_examples=1500)
+    @settings(max_examples=600)
     @given(SEEDS)
     def run(seed: int) -> None:
         compare(seed, seen)
 
     run()
-    assert seen["match"] > 200, seen
-    assert seen["miss"] > 200, seen
+    assert seen["match"] > 80, seen
+    assert seen["miss"] > 80, seen
 
 
 FAULTS = {

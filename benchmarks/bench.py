@@ -1,0 +1,119 @@
+"""What capture and the passes cost, as ratios measured in one run. `make bench` prints the table."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from synthetic import synthetic_program
+from torch.export import Dim
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import lensfx
+from lensfx import passes as p
+from lensfx.rewrite import Pipeline
+
+LAYERS = 12
+
+
+def gpt2() -> torch.nn.Module:
+    config = GPT2Config(n_layer=LAYERS, n_embd=64, n_head=4, vocab_size=256, use_cache=False)
+    config.bos_token_id = config.eos_token_id = 0
+    return GPT2LMHeadModel(config).eval()
+
+
+def llama() -> torch.nn.Module:
+    config = LlamaConfig(
+        num_hidden_layers=LAYERS,
+        hidden_size=64,
+        intermediate_size=128,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=256,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def seconds(call: Callable[[], object]) -> float:
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+def interleaved(
+    ours: Callable[[], object], theirs: Callable[[], object], runs: int
+) -> tuple[float, float, float]:
+    """Median seconds of each and the median of the ratios, pair by pair, after one warm-up."""
+    ours()
+    theirs()
+    pairs = [(seconds(ours), seconds(theirs)) for _ in range(runs)]
+    mine, other = (statistics.median(times) for times in zip(*pairs, strict=True))
+    return mine, other, statistics.median(a / b for a, b in pairs)
+
+
+def capture_rows(runs: int) -> list[tuple[str, ...]]:
+    rows = []
+    for name, build in (("GPT-2", gpt2), ("Llama", llama)):
+        model = build()
+        ids = torch.randint(0, 256, (2, 7), generator=torch.Generator().manual_seed(0))
+
+        def bare(model: torch.nn.Module = model, ids: torch.Tensor = ids) -> object:
+            shapes = {"input_ids": {0: Dim.AUTO, 1: Dim.AUTO}}
+            return torch.export.export(
+                model, (), {"input_ids": ids}, dynamic_shapes=shapes, strict=False
+            )
+
+        def captured(model: torch.nn.Module = model, ids: torch.Tensor = ids) -> object:
+            return lensfx.capture(model, input_ids=ids)
+
+        def whole(model: torch.nn.Module = model, ids: torch.Tensor = ids) -> object:
+            return lensfx.wrap(model, input_ids=ids, verify=False)
+
+        for label, ours in (("capture", captured), ("capture + five passes", whole)):
+            mine, other, ratio = interleaved(ours, bare, runs)
+            case = f"{name}, {LAYERS} layers: {label} / torch.export"
+            goal = "<= 1.5" if ours is whole else ""
+            rows.append((case, f"{mine:.2f} s", f"{other:.2f} s", f"{ratio:.2f}", goal))
+    return rows
+
+
+def rewrite_rows() -> list[tuple[str, ...]]:
+    pipeline = Pipeline([p.CanonicalLinear(), p.CanonicalNorm(), p.FoldNorm()])
+    found = {}
+    rows = []
+    for size, goal in ((10_000, "< 2 s"), (100_000, "<= 12")):
+        program = synthetic_program(size)
+        count = len(program.graph.nodes)
+        found[size] = seconds(lambda program=program: pipeline.rewrite(program))
+        ratio = f"{found[size] / found[10_000]:.1f}" if size > 10_000 else ""
+        label = f"match and edit, {count:,} nodes (ratio: over the smaller graph)"
+        rows.append((label, f"{found[size]:.2f} s", "", ratio, goal))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=5)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    console = Console()
+    table = Table(title=f"CPU seconds on one thread, torch {torch.__version__}")
+    for column in ("what", "lensfx", "reference", "ratio", "goal"):
+        table.add_column(column, justify="left" if column == "what" else "right")
+    with console.status("exporting and capturing ..."):
+        for row in capture_rows(options.runs):
+            table.add_row(*row)
+    with console.status("rewriting large graphs ..."):
+        for row in rewrite_rows():
+            table.add_row(*row)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
