@@ -103,7 +103,7 @@ def capture(model: nn.Module, *args: Any, **kwargs: Any) -> Program:
     failure: Exception | None = None
     with _quiet(), untouched(model, (args, kwargs)) as restore:
         call = _taken_apart(model, args, kwargs)
-        _run_once(model, call)
+        contiguous = _run_once(model, call)
         if kept := restore():
             notes += (f"forward sets {', '.join(kept[:5])}; a call of the program does not",)
         for widened, fresh_casts in _attempts(call.example):

@@ -218,7 +218,8 @@ class _Functionaliser:
     def _climb(self, place: _Place) -> None:
         if not place.newer:
             return
-        assert place.undo is not None and place.root.writer is not None
+        assert place.undo is not None
+        assert place.root.writer is not None
         if place.undo is _detached and place.parent.value not in self.gradless:
             why = f"%{place.parent.node.name} is read later and would lose its gradient"
             _refuse(place.root.writer, place, why)
@@ -437,7 +438,8 @@ def _call(work: _Functionaliser, place: _Place) -> _Call:
     if node.target is not operator.getitem:
         return node.target, node.args[1:], node.kwargs
     whole, index = node.args
-    assert isinstance(whole, fx.Node) and isinstance(index, int)
+    assert isinstance(whole, fx.Node)
+    assert isinstance(index, int)
     dim, start, end = argument(whole, "dim"), 0, 0
     if is_op(whole, aten.unbind.int):
         return aten.select.int, (dim, index), {}

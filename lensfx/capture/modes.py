@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["CallLog", "FreshCasts", "ParameterWriteError", "ReadOnlyParameters", "tracing"]
+__all__ = ["LAYOUT_READS", "CallLog", "FreshCasts", "ParameterWriteError", "ReadOnlyParameters", "tracing"]
 
 _SHORT_CASTS: dict[Any, torch.dtype] = {
     torch.Tensor.float: torch.float32,
@@ -21,6 +21,16 @@ _SHORT_CASTS: dict[Any, torch.dtype] = {
     torch.Tensor.half: torch.float16,
     torch.Tensor.bfloat16: torch.bfloat16,
 }
+# What tells a model how a tensor lies in memory, which is no part of a graph.
+LAYOUT_READS = frozenset(
+    {
+        torch.Tensor.is_contiguous,
+        torch.Tensor.stride,
+        torch.Tensor.storage_offset,
+        torch.Tensor.as_strided,
+        torch.as_strided,
+    }
+)
 
 
 class FreshCasts(TorchFunctionMode):

@@ -41,13 +41,15 @@ class Guards:
     """The sizes and relations between sizes under which a graph is the model.
 
     `axes` has one entry per axis of every tensor input, `relations` the conditions that the
-    model's own code put on them, as text over names such as `idx.size(1)`.
+    model's own code put on them, as text over names such as `idx.size(1)`. `contiguous` is empty
+    unless the model's code asks how a tensor lies in memory.
     """
 
     axes: tuple[Axis, ...]
     relations: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
     names: tuple[str, ...]
+    contiguous: tuple[bool, ...] = ()
     _code: tuple[Any, ...] = ()
     _passed: set[Any] = field(default_factory=set, compare=False, repr=False)
 
@@ -66,17 +68,25 @@ class Guards:
 
         Raises: GuardError naming the first size, relation or dtype that does not hold.
         """
-        key = tuple((t.shape, t.dtype) for t in tensors)
+        layouts = tuple(t.is_contiguous() for t in tensors) if self.contiguous else ()
+        key = (tuple((t.shape, t.dtype) for t in tensors), layouts)
         if key in self._passed:
             return
         self._check_kinds(tensors)
         for axis in self.axes:
             self._check_axis(axis, tensors[axis.leaf].shape[axis.axis])
         for text, code in zip(self.relations, self._code, strict=True):
-            if not eval(code, _NAMESPACE, {"t": tensors}):
+            if not _holds(code, tensors):
                 raise GuardError(
                     f"the captured graph assumes {text}, which this call does not satisfy",
                     hint="capture again with an example of these sizes",
+                )
+        for name, now, then in zip(self.names, layouts, self.contiguous, strict=False):
+            if now != then:
+                raise GuardError(
+                    f"{name} is {'' if now else 'not '}contiguous, other than at capture, and the "
+                    "model's code looks at how tensors lie in memory",
+                    hint=f"pass {name}.contiguous()" if then else "capture again with this input",
                 )
         if len(self._passed) < 4096:
             self._passed.add(key)
@@ -131,6 +141,7 @@ class Guards:
         names: Sequence[str],
         ranges: dict[str, tuple[int, int]],
         conditions: Sequence[str],
+        contiguous: tuple[bool, ...] = (),
     ) -> Guards:
         """Guards from the symbolic sizes of the placeholders and torch's own guard expressions."""
         axes: list[Axis] = []
@@ -161,8 +172,17 @@ class Guards:
             tuple(_readable(c, names) for c in codes),
             tuple(p.meta["val"].dtype for p in placeholders),
             tuple(names),
+            contiguous,
             tuple(compile(c, "<guard>", "eval") for c in codes),
         )
+
+
+def _holds(code: Any, tensors: Sequence[torch.Tensor]) -> bool:
+    try:
+        return bool(eval(code, _NAMESPACE, {"t": tensors}))
+    except ZeroDivisionError:
+        # A quotient of sizes that comes to nothing here: at the example it was a number.
+        return False
 
 
 def _sorted_equality(code: str) -> str:

@@ -8,8 +8,9 @@ import networkx as nx
 import torch
 from torch import fx
 
-from lensfx.graph.names import native_name
+from lensfx.graph.names import free_name, native_name
 from lensfx.graph.node import arguments, is_weight, module_path, op_name, source_line, value_of
+from lensfx.graph.ops import is_hook
 from lensfx.graph.program import Program
 
 __all__ = ["to_networkx"]
@@ -22,19 +23,32 @@ def to_networkx(program: Program) -> nx.MultiDiGraph:
     edges carry `argument`, the schema name by which the reader reads.
     """
     graph = nx.MultiDiGraph()
-    names = {n: _name(n) for n in program.graph.nodes}
-    for node, name in names.items():
-        graph.add_node(name, **_facts(node))
-    for node, name in names.items():
+    names = _names(program.graph)
+    for node in program.graph.nodes:
+        graph.add_node(names[node], **_facts(node))
+    for node in program.graph.nodes:
         for argument, source in _reads(node):
-            graph.add_edge(names[source], name, argument=argument)
+            graph.add_edge(names[source], names[node], argument=argument)
     return graph
 
 
-def _name(node: fx.Node) -> str:
-    if node.op in ("get_attr", "placeholder"):
-        return str(node.target)
-    return native_name(node) or node.name
+def _names(graph: fx.Graph) -> dict[fx.Node, str]:
+    """A name for every value: an operator's own, and for an input one that no operator has."""
+    names: dict[fx.Node, str] = {}
+    stored: dict[str, str] = {}
+    taken: dict[str, int] = {}
+    for node in sorted(graph.nodes, key=lambda n: n.op != "call_function"):
+        if node.op == "call_function":
+            own = str(node.args[1]) if is_hook(node) else native_name(node) or node.name
+        else:
+            own = str(node.target)
+        if node.op == "get_attr" and own in stored:
+            names[node] = stored[own]
+            continue
+        names[node] = free_name(own, taken)
+        if node.op == "get_attr":
+            stored[own] = names[node]
+    return names
 
 
 def _facts(node: fx.Node) -> dict[str, Any]:

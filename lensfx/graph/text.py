@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import re
+from functools import partial
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
@@ -22,8 +23,7 @@ _DTYPES = {
     torch.int32: "i32",
     torch.bool: "bool",
 }
-# A size symbol of torch: `s12`, or `u3` for one that depends on data.
-_SYMBOL = re.compile(r"\b[su]\d+\b")
+_SIZE = partial(sympy.Symbol, integer=True, positive=True)
 
 
 def graph_text(graph: fx.Graph) -> str:
@@ -110,5 +110,9 @@ def _tail(node: fx.Node, symbols: dict[str, str]) -> str:
 def _size(size: Any, symbols: dict[str, str]) -> str:
     if isinstance(size, int):
         return str(size)
-    text = _SYMBOL.sub(lambda m: symbols.setdefault(m[0], f"n{len(symbols)}"), str(size))
+    expr = size.node.expr
+    given = sorted(expr.free_symbols, key=str)
+    # Renamed before it is printed: sympy orders a product by the names of its factors.
+    renamed = {s: _SIZE(symbols.setdefault(str(s), f"n{len(symbols)}")) for s in given}
+    text = str(expr.xreplace(renamed))
     return text if text.isidentifier() else f"({text})"

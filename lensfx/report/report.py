@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
+from rich.text import Text
 
 from lensfx.graph.guards import Guards
+from lensfx.graph.ops import is_hook
 from lensfx.graph.program import Program, Source
 from lensfx.rewrite.rule import PassReport
 from lensfx.verify.prove import Equivalence
 
 __all__ = ["Report"]
+
+WIDTH = 110
+MOST = 12
 
 
 @dataclass(frozen=True)
@@ -35,13 +40,17 @@ class Report:
     @classmethod
     def of(cls, program: Program, equivalence: Equivalence | None = None) -> Report:
         """The report of a program."""
-        passes = {_class_name(r.name): r for r in program.reports}
+        passes: dict[str, PassReport] = {}
+        for report in program.reports:
+            name = _class_name(report.name)
+            passes[name] = _joined(passes[name], report) if name in passes else report
+        calls = [n for n in program.graph.nodes if n.op == "call_function"]
         return cls(
             MappingProxyType(passes),
             equivalence,
             program.source,
             program.guards,
-            sum(n.op == "call_function" for n in program.graph.nodes),
+            sum(not is_hook(n) for n in calls),
             sum(p.numel() for p in program.parameters()),
             tuple(program.formulas),
         )
@@ -55,7 +64,7 @@ class Report:
             yield self._proved(self.equivalence)
 
     def __str__(self) -> str:
-        console = Console(width=110, force_terminal=False, color_system=None)
+        console = Console(width=WIDTH, force_terminal=False, force_jupyter=False, color_system=None)
         with console.capture() as capture:
             console.print(self)
         return capture.get()
@@ -63,33 +72,39 @@ class Report:
     __repr__ = __str__
 
     def _captured(self) -> Table:
-        table = Table(title=f"captured {self.source.model}", title_justify="left", box=None)
+        title = Text(f"captured {self.source.model}")
+        table = Table(title=title, title_justify="left", box=None)
         table.add_column(style="dim")
         table.add_column(overflow="fold")
-        table.add_row("operators", f"{self.operators:,}")
-        table.add_row("parameters", f"{self.parameters:,}")
+        table.add_row(*_cells("operators", f"{self.operators:,}"))
+        table.add_row(*_cells("parameters", f"{self.parameters:,}"))
         free = [f"{a.label} {_range(a.low, a.high)}" for a in self.guards.dynamic]
-        table.add_row("free sizes", ", ".join(free) or "none")
+        table.add_row(*_cells("free sizes", ", ".join(free) or "none"))
         fixed = [f"{a.label} = {a.size}" for a in self.guards.specialised]
         if fixed:
-            table.add_row("fixed sizes", ", ".join(fixed))
+            table.add_row(*_cells("fixed sizes", ", ".join(fixed)))
         for note in self.source.notes:
-            table.add_row("note", note)
+            table.add_row(*_cells("note", note))
         return table
 
     def _fired(self) -> Table:
         table = Table(title="passes, in order", title_justify="left")
         for name in ("pass", "fired", "refused", "contract", "site error", "output error"):
             table.add_column(name, justify="left" if name in ("pass", "contract") else "right")
-        proofs = {p.name: p for p in self.equivalence.passes} if self.equivalence else {}
         for name, report in self.passes.items():
-            proof = proofs.get(report.name)
-            figures = ("", "", "")
-            if proof is not None:
-                site, output = f"{proof.site_error:.1e}", f"{proof.output_error:.1e}"
-                figures = (proof.contract.name, site, output)
-            table.add_row(name, str(len(report.fired)), str(len(report.refused)), *figures)
+            counts = (str(len(report.fired)), str(len(report.refused)))
+            table.add_row(*_cells(name, *counts, *self._figures(report.name)))
         return table
+
+    def _figures(self, name: str) -> tuple[str, ...]:
+        """Contract and worst errors of a pass; nothing for one that fired nowhere."""
+        runs = self.equivalence.passes if self.equivalence is not None else ()
+        proofs = [p for p in runs if p.name == name]
+        if not proofs:
+            return ("", "", "")
+        site = max(p.site_error for p in proofs)
+        output = max(p.output_error for p in proofs)
+        return (proofs[-1].contract.name, f"{site:.1e}", f"{output:.1e}")
 
     def _refusals(self) -> Iterator[Table]:
         rows = [(n, r) for n, report in self.passes.items() for r in report.refused]
@@ -100,11 +115,13 @@ class Report:
         for column in ("pass", "where", "reason", "because of"):
             table.add_column(column, overflow="fold")
         for name, refusal in rows[:MOST]:
-            table.add_row(name, refusal.path or f"%{refusal.root}", refusal.reason, refusal.blame)
+            at = refusal.path or f"%{refusal.root}"
+            table.add_row(*_cells(name, at, refusal.reason, refusal.blame))
         if len(rows) > MOST:
-            table.add_row("", "", f"and {len(rows) - MOST} more: report.passes[...].refused", "")
+            more = f"and {len(rows) - MOST} more: report.passes[...].refused"
+            table.add_row(*_cells("", "", more, ""))
         for name, note in notes:
-            table.add_row(name, "", note, "")
+            table.add_row(*_cells(name, "", note, ""))
         yield table
 
     def _proved(self, proved: Equivalence) -> Table:
@@ -119,7 +136,21 @@ class Report:
         return table
 
 
-MOST = 12
+def _cells(*texts: str) -> Iterator[Text]:
+    """The texts as they are: rich would take `x[ids]` in a line of source for markup."""
+    return map(Text, texts)
+
+
+def _joined(first: PassReport, again: PassReport) -> PassReport:
+    """What a pass that ran twice did in all; what the second run took up is no refusal."""
+    taken = {entry.root for entry in again.fired}
+    refused = [r for r in (*first.refused, *again.refused) if r.root not in taken]
+    return replace(
+        first,
+        fired=(*first.fired, *again.fired),
+        refused=tuple(dict.fromkeys(refused)),
+        notes=again.notes,
+    )
 
 
 def _range(low: int, high: int) -> str:

@@ -24,7 +24,9 @@ class Axes:
         self._names = names
         table = next(token_tables(program), None)
         found = table_and_ids(table) if table is not None else None
-        self._ids = tuple(shape_of(found[1]) or ()) if found is not None else ()
+        shape = (shape_of(found[1]) or ()) if found is not None else ()
+        # Ids that the model flattened first no longer say which axis is which.
+        self._ids = tuple(map(str, shape)) if len(shape) == 2 else ()
 
     def slice_positions(
         self, name: str, value: torch.Tensor, wanted: slice | int | tuple[int | None, ...]
@@ -57,14 +59,15 @@ class Axes:
         return value.squeeze(axis)
 
     def _axis(self, name: str, place: int) -> int | None:
-        """The axis of a named value that carries axis `place` of the token ids; None if none does."""
-        name = name if name in self._names.places else name.removesuffix("_grad")
-        shape = tuple(shape_of(self._names.places[name].node) or ())
-        if place >= len(self._ids):
+        """The axis of a named value that is axis `place` of the token ids; None if none is."""
+        if not self._ids:
             return None
+        name = name if name in self._names.places else name.removesuffix("_grad")
+        shape = [str(size) for size in shape_of(self._names.places[name].node) or ()]
         size = self._ids[place]
-        if isinstance(size, int):
-            # Another axis may have the same number, so only where the convention says which it is.
-            agrees = name in self._names.canonical and len(shape) > 2 and shape[place] == size
-            return place if agrees else None
-        return next((i for i, other in enumerate(shape) if str(other) == str(size)), None)
+        if size.isdigit():
+            # The same number may stand for something else: believe it only where names have axes.
+            alone = place == BATCH or len(shape) == 3 or shape.count(size) == 1
+            named = name in self._names.canonical and len(shape) > 2 and shape[place] == size
+            return place if named and alone else None
+        return shape.index(size) if size in shape else None

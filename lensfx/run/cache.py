@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,17 +14,32 @@ from lensfx.run.names import nearest
 __all__ = ["ActivationCache"]
 
 
+_LAYER = re.compile(r"blocks\.(\d+)\.(?:\w+\.)?hook_\w+$")
+_ALIASES = {
+    "attn": "pattern",
+    "attn_logits": "attn_scores",
+    "key": "k",
+    "mlp_mid": "mid",
+    "mlp_post": "post",
+    "mlp_pre": "pre",
+    "query": "q",
+    "value": "v",
+}
+_PARTS = {"a": "attn", "attention": "attn", "m": "mlp", "b": "", "block": "", "blocks": ""}
+
+
 class ActivationCache(Mapping[str, torch.Tensor]):
     """Cached values by name: `cache["blocks.0.hook_resid_pre"]` or `cache["resid_pre", 0]`.
 
-    Layers may be negative; `cache["normalized", 0, "ln1"]` names the part. Values are what the
-    readers read, after every hook.
+    Layers may be negative; `cache["normalized", 0, "ln1"]` names the part, and TransformerLens'
+    other short names, as in `cache["attn", 0]` for the pattern, are understood. Values are what
+    the readers read, after every hook.
     """
 
     def __init__(self, values: Mapping[str, torch.Tensor], names: Sequence[str]) -> None:
         self._values = dict(values)
         self._names = tuple(names)
-        layers = [int(n.split(".")[1]) for n in self._names if n.startswith("blocks.")]
+        layers = [int(found[1]) for n in self._names if (found := _LAYER.match(n))]
         self.n_layers = max(layers, default=-1) + 1
 
     def __getitem__(self, key: str | tuple[Any, ...]) -> torch.Tensor:
@@ -31,30 +47,35 @@ class ActivationCache(Mapping[str, torch.Tensor]):
 
         Raises: UnknownNameError naming the nearest names.
         """
-        candidates = [key] if isinstance(key, str) else list(self._spelled(key))
+        spelled = list(self._spelled(*(key if isinstance(key, tuple) else (key,))))
         if isinstance(key, str):
-            candidates.append(f"hook_{key}")
-        for name in candidates:
+            spelled.insert(0, key)
+        for name in spelled:
             if name in self._values:
                 return self._values[name]
-        shown = candidates[0]
-        if shown in self._names:
-            raise UnknownNameError(
-                f"{shown} was not kept in this run", hint=f"add {shown!r} to names_filter"
-            )
-        near = nearest(shown, self._values)
+        for name in spelled:
+            if name in self._names:
+                raise UnknownNameError(
+                    f"{name} was not kept in this run", hint=f"add {name!r} to names_filter"
+                )
+        near = nearest(spelled[0] if spelled else str(key), self._values)
         hint = f"the nearest are {', '.join(near)}" if near else "list(cache) names them all"
         raise UnknownNameError(f"there is no value {key!r} in this cache", hint=hint)
 
-    def _spelled(self, key: tuple[Any, ...]) -> Iterator[str]:
-        name, layer, *part = key
-        at = f"blocks.{layer % self.n_layers if self.n_layers else layer}"
-        if part:
-            yield f"{at}.{part[0]}.hook_{name}"
-        else:
-            yield f"{at}.hook_{name}"
-            yield f"{at}.attn.hook_{name}"
-            yield f"{at}.mlp.hook_{name}"
+    def _spelled(
+        self, name: Any = "", layer: Any = None, part: Any = None, *rest: Any
+    ) -> Iterator[str]:
+        """The full names a shorthand may stand for; none for a layer that does not exist."""
+        if rest or not isinstance(name, str):
+            return
+        name = _ALIASES.get(name, name)
+        if layer is None:
+            yield from (f"hook_{name}", f"ln_final.hook_{name}")
+        elif isinstance(layer, int) and -self.n_layers <= layer < self.n_layers:
+            at = f"blocks.{layer % self.n_layers}"
+            given = ("", "attn", "mlp") if part is None else (_PARTS.get(part, part),)
+            for place in given:
+                yield f"{at}.{place}.hook_{name}" if place else f"{at}.hook_{name}"
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
@@ -67,4 +88,5 @@ class ActivationCache(Mapping[str, torch.Tensor]):
         return ActivationCache({k: v.to(device) for k, v in self._values.items()}, self._names)
 
     def __repr__(self) -> str:
-        return f"ActivationCache with {len(self)} values: {', '.join(list(self)[:6])} ..."
+        shown = ", ".join([*list(self)[:6], *(["..."] if len(self) > 6 else [])])
+        return f"ActivationCache with {len(self)} values: {shown}" if shown else "an empty cache"

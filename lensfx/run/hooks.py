@@ -81,9 +81,7 @@ def visit(value: torch.Tensor, name: str, active: Active) -> torch.Tensor:
     return value
 
 
-def _through(
-    value: torch.Tensor, point: HookPoint, hooks: Sequence[HookFunction]
-) -> torch.Tensor:
+def _through(value: torch.Tensor, point: HookPoint, hooks: Sequence[HookFunction]) -> torch.Tensor:
     for hook in hooks:
         result = hook(value, point)
         if result is not None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 from torch import fx
 
+from lensfx.graph.names import free_name
 from lensfx.graph.program import Program, copy_graph
 
 __all__ = ["as_module"]
@@ -16,24 +19,15 @@ def as_module(program: Program) -> fx.GraphModule:
     taken whole by torch.compile.
     """
     graph, _ = copy_graph(program.graph)
-    placeholders = iter([n for n in graph.nodes if n.op == "placeholder"])
     signature = program.signature
-    here = next(iter(graph.nodes), None)
-    for leaf in signature.leaves:
-        if leaf.is_tensor:
-            here = next(placeholders)
-            continue
-        # A baked constant still takes its place in the argument tree.
-        inserting = (
-            graph.inserting_before(here) if _first(graph, here) else graph.inserting_after(here)
-        )
-        with inserting:
-            here = graph.placeholder(f"constant_{len(graph.nodes)}")
-    info = fx.graph._PyTreeInfo(
-        [n.name for n in graph.nodes if n.op == "placeholder"],
-        signature.in_spec,
-        signature.out_spec,
-    )
+    _take_constants(graph, [leaf.is_tensor for leaf in signature.leaves])
+    taken: dict[str, int] = {}
+    names = [
+        # `*args[0]` is no name that a function can have.
+        free_name(re.sub(r"\W+", "_", name).strip("_"), taken)
+        for name in (*signature.positional, *signature.keywords)
+    ]
+    info = fx.graph._PyTreeInfo(names, signature.in_spec, signature.out_spec)
     named = {n.target: program.tensors[str(n.target)] for n in graph.nodes if n.op == "get_attr"}
     graph.set_codegen(fx.graph._PyTreeCodeGen(info))
     module = fx.GraphModule(named, graph)
@@ -41,5 +35,13 @@ def as_module(program: Program) -> fx.GraphModule:
     return module
 
 
-def _first(graph: fx.Graph, node: fx.Node | None) -> bool:
-    return node is not None and node is next(iter(graph.nodes)) and node.op != "placeholder"
+def _take_constants(graph: fx.Graph, tensors: list[bool]) -> None:
+    """Give the leaves that were baked in their places in the argument tree."""
+    inputs = iter([n for n in graph.nodes if n.op == "placeholder"])
+    here = graph._root
+    for is_tensor in tensors:
+        if is_tensor:
+            here = next(inputs)
+        else:
+            with graph.inserting_after(here):
+                here = graph.placeholder("constant")

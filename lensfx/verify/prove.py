@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import fx
 
 from lensfx.errors import ContractError
 from lensfx.graph.compiled import probe
@@ -77,12 +78,62 @@ class _Finding:
     scenario: str
 
 
+class _Probe:
+    """A graph as a function of a scenario, giving its outputs and some named values."""
+
+    def __init__(self, graph: fx.Graph, names: Sequence[str] = (), *, exact: bool = False) -> None:
+        self._function, self._weights = probe(graph, names)
+        self._exact = exact
+
+    def __call__(self, scenario: Scenario) -> list[Any]:
+        """The values in float64, or if `exact` in the dtypes the scenario has."""
+        values = [scenario.weights[w] for w in self._weights]
+        inputs = [t.clone() for t in scenario.inputs]
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(0)
+            if self._exact:
+                return list(self._function(None, *inputs, *values))
+            with Float64() as oracle:
+                return list(oracle.read(self._function(None, *inputs, *values)))
+
+
+class _Comparison:
+    """Two neighbouring graphs, compared at every value the pass between them claims to keep."""
+
+    def __init__(self, base: Program, before: Stage, after: Stage) -> None:
+        self.before, self.contract = before, after.entry.contract
+        self._names = base.signature.outputs
+        self._exact = isinstance(self.contract, Observes)
+        self._pairs = [(r, old, new) for r in after.rewrites for old, new in r.sites]
+        olds, news = [old for _, old, _ in self._pairs], [new for _, _, new in self._pairs]
+        self._left = _Probe(before.graph, olds, exact=self._exact)
+        self._right = _Probe(after.graph, news, exact=self._exact)
+        said = {k for r in after.rewrites for k in r.shifted}
+        self._moved = said or set(range(len(self._names)))
+
+    def __call__(self, scenario: Scenario) -> Iterator[_Finding]:
+        """Every difference: at the sites in the order of the rewrites, then at the outputs."""
+        left, right = self._left(scenario), self._right(scenario)
+        count = len(self._names)
+        for i, (rewrite, _, new) in enumerate(self._pairs):
+            if isinstance(left[count + i], torch.Tensor):
+                rule = self.contract if rewrite.shifted or self._exact else Exact()
+                found = rule.compare(left[count + i], right[count + i])
+                yield _Finding(found, rewrite, f"%{new}", scenario.name)
+        for k, name in enumerate(self._names):
+            if isinstance(left[k], torch.Tensor):
+                rule = self.contract if k in self._moved else Exact()
+                yield _Finding(rule.compare(left[k], right[k]), None, name, scenario.name)
+
+
 def _prove_pass(base: Program, before: Stage, after: Stage, seed: int) -> PassProof:
     contract = after.entry.contract
-    runs = list(_runs(base, contract, seed))
+    compare = _Comparison(base, before, after)
     site_error = output_error = 0.0
-    for scenario in runs:
-        for finding in _findings(base, before, after, scenario):
+    calls = 0
+    for scenario in _runs(base, contract, seed):
+        calls += 1
+        for finding in compare(scenario):
             error = finding.difference.error
             if error > contract.bound and error > _allowed(base, before, scenario, finding):
                 raise _broken(base, before, after, scenario, finding)
@@ -90,45 +141,14 @@ def _prove_pass(base: Program, before: Stage, after: Stage, seed: int) -> PassPr
                 output_error = max(output_error, error)
             else:
                 site_error = max(site_error, error)
-    return PassProof(after.name, contract, len(after.rewrites), site_error, output_error, len(runs))
+    return PassProof(after.name, contract, len(after.rewrites), site_error, output_error, calls)
 
 
-def _runs(base: Program, contract: Any, seed: int) -> Iterable[Scenario]:
+def _runs(base: Program, contract: Any, seed: int) -> Iterator[Scenario]:
     if not isinstance(contract, Observes):
         return scenarios(base, seed)
     own = dict(base.tensors)
     return (Scenario("as it is", inputs, own) for inputs in hard_inputs(base, seed))
-
-
-def _findings(base: Program, before: Stage, after: Stage, scenario: Scenario) -> Iterable[_Finding]:
-    contract = after.entry.contract
-    pairs = [(rewrite, old, new) for rewrite in after.rewrites for old, new in rewrite.sites]
-    exact = isinstance(contract, Observes)
-    left = _run(before, [old for _, old, _ in pairs], scenario, exact)
-    right = _run(after, [new for _, _, new in pairs], scenario, exact)
-    count = len(base.signature.outputs)
-    moved = {k for rewrite in after.rewrites for k in rewrite.shifted}
-    for i, (rewrite, _, new) in enumerate(pairs):
-        if isinstance(left[count + i], torch.Tensor):
-            rule = contract if rewrite.shifted or exact else Exact()
-            difference = rule.compare(left[count + i], right[count + i])
-            yield _Finding(difference, rewrite, f"%{new}", scenario.name)
-    for k, name in enumerate(base.signature.outputs):
-        if isinstance(left[k], torch.Tensor):
-            rule = contract if k in moved or exact else Exact()
-            yield _Finding(rule.compare(left[k], right[k]), None, name, scenario.name)
-
-
-def _run(stage: Stage, names: Sequence[str], scenario: Scenario, exact: bool) -> list[Any]:
-    function, weights = probe(stage.graph, names)
-    values = [scenario.weights[w] for w in weights]
-    inputs = [t.clone() for t in scenario.inputs]
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
-        if exact:
-            return list(function(None, *inputs, *values))
-        with Float64() as oracle:
-            return list(oracle.read(function(None, *inputs, *values)))
 
 
 def _allowed(base: Program, before: Stage, scenario: Scenario, finding: _Finding) -> float:
@@ -147,7 +167,8 @@ def _allowed(base: Program, before: Stage, scenario: Scenario, finding: _Finding
     names: list[str] = []
     if finding.rewrite is not None:
         names = [old for old, new in finding.rewrite.sites if f"%{new}" == finding.value]
-    left, right = (_run(before, names, s, False) for s in (scenario, moved))
+    run = _Probe(before.graph, names)
+    left, right = run(scenario), run(moved)
     index = len(base.signature.outputs) if names else base.signature.outputs.index(finding.value)
     return 100 * Exact().compare(left[index], right[index]).error
 
@@ -180,7 +201,8 @@ def _bisect(base: Program, before: Stage, after: Stage, scenario: Scenario) -> R
         middle = (low + high) // 2
         prefix = apply(after.entry, start, middle).stages[-1]
         bound = after.entry.contract.bound
-        broken = any(f.difference.error > bound for f in _findings(base, before, prefix, scenario))
+        compare = _Comparison(base, before, prefix)
+        broken = any(f.difference.error > bound for f in compare(scenario))
         low, high = (low, middle) if broken else (middle, high)
     return after.rewrites[high - 1]
 
@@ -196,9 +218,8 @@ def _drift(base: Program, program: Program, seed: int) -> float:
     own = Scenario("own weights", inputs, dict(base.tensors))
     first, last = base.stages[0], base.stages[-1]
     folded = Scenario("folded weights", inputs, dict(program.tensors))
-    model, exact = _run(first, [], own, True), _run(first, [], own, False)
-    result = _run(Stage("folded", None, program.graph), [], folded, True)
-    moved = _run(last, [], own, False)
+    model, exact = _Probe(first.graph, exact=True)(own), _Probe(first.graph)(own)
+    result, moved = _Probe(program.graph, exact=True)(folded), _Probe(last.graph)(own)
     ratios = [
         drift(m, e + (r.double() - x), e)
         for m, r, e, x in zip(model, result, exact, moved, strict=True)
@@ -220,9 +241,7 @@ def _folded(program: Program) -> float:
         values = [program.unfolded.tensors[w] for w in weights]
         with Float64() as oracle:
             exact = oracle.read(function(None, *values))[0]
-        scale = exact.abs().clamp_min(torch.finfo(stored.dtype).tiny)
-        error = (stored.detach().double() - exact).abs() / scale / torch.finfo(stored.dtype).eps
-        worst = max(worst, float(error.max()) if error.numel() else 0.0)
+        worst = max(worst, _roundings(stored.detach(), exact))
         if worst > 4:
             raise ContractError(
                 f"the folded parameter {name} is {worst:.1e} roundings away from its formula",
@@ -230,3 +249,16 @@ def _folded(program: Program) -> float:
                 hint="this is a fault of lensfx; please report it with the model",
             )
     return worst
+
+
+def _roundings(stored: torch.Tensor, exact: torch.Tensor) -> float:
+    """The largest distance, in roundings of the stored dtype at each entry's own size.
+
+    Sums in float64 that cancel are known only to float64 roundings of their largest terms.
+    """
+    if not exact.numel():
+        return 0.0
+    rounding = torch.finfo(stored.dtype).eps * exact.abs()
+    cancelled = 64 * torch.finfo(torch.float64).eps * exact.abs().max()
+    error = (stored.to(exact.dtype) - exact).abs() / (rounding + cancelled).clamp_min(1e-300)
+    return float(error.max())
