@@ -1,4 +1,4 @@
-"""What capture and the passes cost, as ratios measured in one run. `make bench` prints the table."""
+"""What capture and the passes cost, as ratios measured in one run: `make bench`."""
 
 from __future__ import annotations
 

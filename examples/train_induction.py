@@ -128,7 +128,8 @@ def train(steps: int, seed: int, console: Console) -> InductionTransformer:
                 first, second = held_out_losses(model)
                 sizes = " ".join(f"{size:.2f}" for size in head_sizes(model).tolist())
                 progress.console.print(
-                    f"step {done:4d}  first half {first:.3f}  second half {second:.3f}  heads {sizes}",
+                    f"step {done:4d}  first half {first:.3f}  second half {second:.3f}"
+                    f"  heads {sizes}",
                     highlight=False,
                 )
                 if formed_at is None and second < FORMED:

@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from lensfx.analysis import weight_einsum
-from lensfx.graph import is_op, is_weight, same_shape, same_size, shape_of
+from lensfx.graph import dtype_of, is_op, is_weight, same_shape, same_size, shape_of
 from lensfx.rewrite import Any, At, Const, Edit, Match, Maybe, Op, Param, Pass, Rule
 from lensfx.verify import Exact
 
@@ -30,7 +30,13 @@ ONE = Const(value=1)
 ADDMM = Op(
     "addmm",
     (aten.addmm.default,),
-    {"self": Param("b", axes=1), "mat1": Any("x"), "mat2": Param("V", axes=2), "alpha": ONE},
+    {
+        "self": Param("b", axes=1),
+        "mat1": Any("x"),
+        "mat2": Param("V", axes=2),
+        "alpha": Const("alpha"),
+        "beta": Const("beta"),
+    },
 )
 MATMUL = Op("product", (aten.matmul.default,), {"self": Any("x"), "other": Param("V", axes=2)})
 MM = Op("product", (aten.mm.default,), {"self": Any("x"), "mat2": Param("V", axes=2)})
@@ -65,8 +71,11 @@ def transposed(at: At, V: fx.Node) -> fx.Node:
 
 
 def unless_addmm(m: Match) -> str | None:
-    beta = m.addmm.kwargs.get("beta", 1)
-    return None if beta == 1 else f"addmm scales its bias by beta={beta}"
+    if is_weight(m.x):
+        return ""
+    if m.alpha != 1:
+        return f"addmm scales its product by alpha={m.alpha}"
+    return None if m.beta == 1 else f"addmm scales its bias by beta={m.beta}"
 
 
 def replace_addmm(m: Match, edit: Edit) -> None:
@@ -104,7 +113,8 @@ def replace_einsum(m: Match, edit: Edit) -> None:
 
 
 def unless_biased(m: Match) -> str | None:
-    return None if same_shape(shape_of(m.b) or (), (shape_of(m.W) or (0,))[:1]) else ""
+    fits = same_shape(shape_of(m.b) or (), (shape_of(m.W) or (0,))[:1])
+    return None if fits and dtype_of(m.b) == dtype_of(m.W) else ""
 
 
 def replace_biased(m: Match, edit: Edit) -> None:

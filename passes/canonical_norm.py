@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from lensfx.analysis import NORMS, WRITTEN_NORM, Norm, written_norm
-from lensfx.graph import dtype_of, is_op, readers, same_shape, shape_of
+from lensfx.graph import argument, dtype_of, is_op, is_weight, readers, same_shape, shape_of
 from lensfx.rewrite import Any, Const, Edit, Match, Op, Param, Pass, Rule
 from lensfx.verify import Exact
 
@@ -38,16 +38,19 @@ SHIFTED = Op(
 
 def unless_written(m: Match) -> str | None:
     found = written_norm(m)
-    if isinstance(found, str):
-        return found
-    mixed = found.gain is not None and dtype_of(found.gain) != dtype_of(found.x)
-    return "its scale has another dtype than the value it scales" if mixed else None
+    if isinstance(found, str) or is_weight(m.x):
+        return "" if is_weight(m.x) else found
+    if found.gain is not None and dtype_of(found.gain) != dtype_of(found.x):
+        return "its scale has another dtype than the value it scales"
+    same = dtype_of(m.norm) == dtype_of(found.x)
+    return None if same else "it is computed in another dtype than the value it normalises"
 
 
 def replace_written(m: Match, edit: Edit) -> None:
     found = written_norm(m)
     assert isinstance(found, Norm)
-    x, end = island(found.x, m.norm)
+    # The cast stays where a gain stands in front of it: one operator takes one dtype.
+    x, end = (found.x, m.norm) if found.gain is not None else island(found.x, m.norm)
     at = edit.before(end)
     if found.centred:
         y = at.call(aten.layer_norm.default, x, [found.size], found.gain, None, found.eps)
@@ -68,25 +71,31 @@ def island(x: fx.Node, norm: fx.Node) -> tuple[fx.Node, fx.Node]:
 
 
 def unless_scaled(m: Match) -> str | None:
-    fits = same_shape(shape_of(m.g) or (), (shape_of(m.x) or (0,))[-1:])
-    return None if fits and dtype_of(m.g) == dtype_of(m.x) == dtype_of(m.mul) else ""
+    return None if fits(m.norm, m.g, m.x) and dtype_of(m.mul) == dtype_of(m.x) else ""
+
+
+def fits(norm: fx.Node, vector: fx.Node, x: fx.Node) -> bool:
+    """Whether the norm is over the last axis alone and the vector has a number for each entry."""
+    last = same_shape(shape_of(vector) or (), (shape_of(x) or (0,))[-1:])
+    alone = len(argument(norm, "normalized_shape")) == 1
+    return last and alone and dtype_of(vector) == dtype_of(x)
 
 
 def replace_scaled(m: Match, edit: Edit) -> None:
     at = edit.before(m.mul)
     rest = (None, m.eps) if is_op(m.norm, aten.layer_norm.default) else (m.eps,)
-    at.replace(m.mul, at.call(m.norm.target, m.x, m.norm.args[1], m.g, *rest))
+    shape = argument(m.norm, "normalized_shape")
+    at.replace(m.mul, at.call(m.norm.target, m.x, shape, m.g, *rest))
 
 
 def unless_shifted(m: Match) -> str | None:
-    fits = same_shape(shape_of(m.s) or (), (shape_of(m.x) or (0,))[-1:])
-    return None if fits and dtype_of(m.s) == dtype_of(m.x) == dtype_of(m.add) else ""
+    return None if fits(m.norm, m.s, m.x) and dtype_of(m.add) == dtype_of(m.x) else ""
 
 
 def replace_shifted(m: Match, edit: Edit) -> None:
     at = edit.before(m.add)
-    shape, g, _, *eps = (*m.norm.args[1:], None, None)[:4]
-    y = at.call(aten.layer_norm.default, m.x, shape, g, m.s, *(e for e in eps if e is not None))
+    shape, g, eps = (argument(m.norm, k) for k in ("normalized_shape", "weight", "eps"))
+    y = at.call(aten.layer_norm.default, m.x, shape, g, m.s, eps)
     at.replace(m.add, y)
 
 

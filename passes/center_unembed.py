@@ -14,11 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from lensfx.analysis import Head, Proof, dead, heads
-from lensfx.graph import Program, argument, shape_of
+from lensfx.graph import Program, argument, same_size, shape_of
 from lensfx.rewrite import Edit, Match, Miss, Pass, Rule, Sites
 from lensfx.verify import UpToLogitShift
 
@@ -36,12 +37,16 @@ def found_by(output: int | None) -> Rule:
 
 
 def site(program: Program, head: Head, output: int | None) -> Match | Miss:
-    evidence = f"output {output} was named" if output in head.outputs else head.evidence
+    if output is not None and output not in head.outputs:
+        return Miss(f"it does not lead to output {output}, which was named", head.linear, True)
+    if same_size(shape_of(argument(head.linear, "weight"))[0], 1):  # type: ignore[index]
+        return Miss("it has one row, and centring would leave nothing of it", head.linear, True)
+    evidence = head.evidence if output is None else f"output {output} was named"
     if not evidence:
         words = "nothing says that it gives logits over a vocabulary; name its output to say so"
         return Miss(words, head.linear, at_site=True)
     last = len(shape_of(head.linear) or ()) - 1
-    allowed = {k: [-1] for k in head.outputs}
+    allowed = {k: [-1] for k in head.logits}
     proof = dead(head.linear, [last], allowed=allowed)
     bound = {
         "root": head.linear,
@@ -49,7 +54,7 @@ def site(program: Program, head: Head, output: int | None) -> Match | Miss:
         "b": argument(head.linear, "bias"),
         "proof": proof,
         "evidence": evidence,
-        "outputs": head.outputs,
+        "outputs": head.logits or head.outputs,
     }
     if not isinstance(proof, Proof):
         return Miss(proof.reason, proof.node, at_site=True)
@@ -57,8 +62,10 @@ def site(program: Program, head: Head, output: int | None) -> Match | Miss:
 
 
 def unless(m: Match) -> str | None:
-    made_by = m.W.meta.get("lensfx", ("",))[0]
-    return "" if made_by == CenterUnembed().name else None
+    made = m.W
+    if made.op == "get_attr" and made.target in m.program.formulas:
+        made = m.program.formulas[made.target].graph.output_node().args[0][0]
+    return "" if made.meta.get("lensfx", ("",))[0] == CenterUnembed().name else None
 
 
 def replace(m: Match, edit: Edit) -> None:
@@ -77,6 +84,8 @@ class CenterUnembed(Pass):
 
     output: int | None = None
 
+    # Said of the rewritten logits, and proved of them: their mean over the vocabulary is 0.
+    centres: ClassVar[bool] = True
     contract = UpToLogitShift()
     needs = ("canonical-linear", "canonical-norm", "fold-norm")
 

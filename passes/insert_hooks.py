@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from lensfx.analysis import Stream, Unknown, heads, residual_stream, token_tables
+from lensfx.analysis import Stream, Unknown, residual_stream, token_tables, unembedding
 from lensfx.graph import Program, argument, hook_point, is_hook, readers
 from lensfx.rewrite import Edit, Match, Miss, Pass, Rule, Sites
 from lensfx.verify import Observes
@@ -38,13 +38,13 @@ def points(stream: Stream) -> Iterator[Point]:
         last = block.writes[-1]
         yield f"{at}.hook_resid_post", last.add, None
         if block.mlp is not None:
-            yield f"{at}.hook_mlp_out", block.mlp.branch, block.mlp.add
+            yield f"{at}.hook_mlp_out", block.mlp.branch, block.mlp.reader
             if block.attn is None or block.mlp.norm is not block.attn.norm:
                 yield f"{at}.ln2.hook_normalized", block.mlp.norm, None
         if block.attn is not None:
             if block.mlp is not None and not block.parallel:
                 yield f"{at}.hook_resid_mid", block.attn.add, None
-            yield f"{at}.hook_attn_out", block.attn.branch, block.attn.add
+            yield f"{at}.hook_attn_out", block.attn.branch, block.attn.reader
             yield f"{at}.ln1.hook_normalized", block.attn.norm, None
         yield f"{at}.hook_resid_pre", block.writes[0].carry, None
     if stream.pos_embed is not None:
@@ -59,9 +59,9 @@ def head_points(linear: fx.Node) -> Iterator[Point]:
 
 def ends(program: Program) -> Iterator[Point]:
     """The places that need no stream: the first token table and the only head."""
-    found = heads(program)
-    if len(found) == 1:
-        yield from head_points(found[0].linear)
+    head = unembedding(program)
+    if head is not None:
+        yield from head_points(head)
     table = next(token_tables(program), None)
     if table is not None:
         yield "hook_embed", table, None
@@ -82,6 +82,8 @@ def replace(m: Match, edit: Edit) -> None:
     told = [m.reader] if m.reader is not None else readers(m.root)
     at = edit.after(m.root)
     hook = at.call(hook_point, m.root, m.name)
+    # A position table that is a parameter as it stands: a place to edit is no weight to be folded.
+    hook.meta["weight"] = False
     for reader in told:
         at.redirect(reader, m.root, hook)
     edit.remark(m.name)

@@ -4,7 +4,7 @@ from lensfx.analysis.contraction import weight_einsum
 from lensfx.analysis.gauge import Proof, Seen, dead
 from lensfx.analysis.norms import NORMS, WRITTEN_NORM, Norm, is_norm, written_norm
 from lensfx.analysis.stream import Block, Stream, Unknown, Write, residual_stream
-from lensfx.analysis.unembed import Head, heads, token_tables
+from lensfx.analysis.unembed import Head, heads, token_tables, unembedding
 
 __all__ = [
     "NORMS",
@@ -22,6 +22,7 @@ __all__ = [
     "is_norm",
     "residual_stream",
     "token_tables",
+    "unembedding",
     "weight_einsum",
     "written_norm",
 ]

@@ -120,11 +120,12 @@ def written_norm(m: Match) -> Norm | str:
     """What a match of WRITTEN_NORM computes, or why it is neither a layer norm nor an RMS norm."""
     shape = shape_of(m.x) or ()
     axes = [m.spread_axes] + ([m.mean_axes] if m.centred is not None else [])
-    if any(not a or [i % len(shape) for i in a] != [len(shape) - 1] for a in axes):
+    if not shape or any(not a or [i % len(shape) for i in a] != [len(shape) - 1] for a in axes):
         return "it does not normalise over the last axis alone"
     if m.gain is not None and tuple(shape_of(m.gain) or ()) != tuple(shape[-1:]):
         return "its scale is not one number per channel"
-    if not isinstance(shape[-1], int):
+    size = _fixed(shape[-1])
+    if size is None:
         return "the size of the axis it normalises over is not fixed"
     if m.outside is not None:
         return f"eps={m.eps} is added outside the root"
@@ -133,7 +134,12 @@ def written_norm(m: Match) -> Norm | str:
         return f"its variance divides by n-{correction:g}: {m.spread.target}"
     if is_op(m.spread, aten.std.correction, aten.std.dim):
         return "its deviation has no eps" if m.eps is None else "eps is added outside the root"
-    return Norm(m.x, m.centred is not None, shape[-1], float(m.eps or 0.0), m.gain)
+    return Norm(m.x, m.centred is not None, size, float(m.eps or 0.0), m.gain)
+
+
+def _fixed(size: int | torch.SymInt) -> int | None:
+    """The size as a number; one that capture tied to a weight can still be spelled as a symbol."""
+    return size.node.maybe_as_int() if isinstance(size, torch.SymInt) else size
 
 
 def _correction(spread: fx.Node) -> float:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from lensfx.analysis.contraction import weight_einsum
+from lensfx.analysis.contraction import is_weight_product, keeps_positions_apart
 from lensfx.analysis.norms import NORMS, WRITTEN_NORM, is_norm
-from lensfx.analysis.unembed import heads, token_tables
+from lensfx.analysis.unembed import heads, token_tables, unembedding
 from lensfx.graph.node import argument, is_op, is_weight, shape_of
 from lensfx.graph.ops import CASTS, VIEWS, data_inputs, is_hook, readers
 from lensfx.graph.program import Program
-from lensfx.graph.views import carried_axis, same_size
+from lensfx.graph.views import same_size
 from lensfx.rewrite.match import Match, match
 
 __all__ = ["Block", "Stream", "Unknown", "Write", "residual_stream"]
@@ -24,27 +24,22 @@ __all__ = ["Block", "Stream", "Unknown", "Write", "residual_stream"]
 aten = torch.ops.aten
 
 _SOFTMAX = (aten.softmax.int, aten._softmax.default)
-_BY_POSITION = (aten.linear.default, operator.getitem)
-_OVER_CHANNELS = (
-    aten.chunk.default,
-    aten.split.Tensor,
-    aten.split_with_sizes.default,
-    aten.mean.dim,
-    aten.var.correction,
-    aten.var.dim,
-)
 _PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.einsum.default, aten.baddbmm.default)
 
 
 @dataclass(frozen=True)
 class Write:
-    """One add to the stream: `add` = `carry` + `branch`; `norm` is what the branch reads it by."""
+    """One add to the stream: `add` = `carry` + `branch`; `norm` is what the branch reads it by.
+
+    `reader` takes up the branch: `add`, or the sum with the other branch of a parallel block.
+    """
 
     add: fx.Node
     carry: fx.Node
     branch: fx.Node
     kind: str
     norm: fx.Node
+    reader: fx.Node
 
 
 @dataclass(frozen=True)
@@ -58,7 +53,7 @@ class Block:
     @property
     def writes(self) -> tuple[Write, ...]:
         """The writes there are, in order."""
-        return tuple(w for w in (self.attn, self.mlp) if w is not None)
+        return tuple(sorted((w for w in (self.attn, self.mlp) if w), key=lambda w: w.add))
 
 
 @dataclass(frozen=True)
@@ -104,8 +99,9 @@ class _Search:
         table = next(token_tables(self.program), None)
         if table is None:
             return Unknown("no table is indexed by token ids")
-        head = next((h.linear for h in heads(self.program) if h.outputs), None)
-        last = argument(head, "input") if head is not None else self._first_output()
+        head = unembedding(self.program)
+        some = head or next((h.linear for h in heads(self.program)), None)
+        last = argument(some, "input") if some is not None else self._first_output()
         if not isinstance(last, fx.Node):
             return Unknown("no output is computed from the tokens")
         final = _through_views(last)
@@ -165,8 +161,22 @@ class _Search:
             if chosen is None:
                 return
             carry, branch = chosen
-            yield self._write(node, carry, branch)
+            if argument(node, "alpha") != 1:
+                yield Unknown(f"%{node.name} scales what it adds by its alpha", node)
+            else:
+                yield from self._branches(node, carry, branch)
             node = _through_views(carry)
+
+    def _branches(self, add: fx.Node, carry: fx.Node, branch: fx.Node) -> list[Write | Unknown]:
+        """The one write of an add, or the two of x + (attention + MLP), from the last back."""
+        both = _through_views(branch)
+        sides = both.args[:2] if is_op(both, aten.add.Tensor) else ()
+        if len(sides) == 2 and all(isinstance(n, fx.Node) and not is_weight(n) for n in sides):
+            found = [self._write(add, carry, side, both) for side in sides]  # type: ignore[arg-type]
+            kinds = {w.kind: w for w in found if isinstance(w, Write)}
+            if len(kinds) == 2 and argument(both, "alpha") == 1:
+                return [kinds["mlp"], kinds["attn"]]
+        return [self._write(add, carry, branch, add)]
 
     def _carry(self, a: fx.Node, b: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         for carry, branch in ((a, b), (b, a)):
@@ -182,7 +192,9 @@ class _Search:
                     return carry, branch
         return None
 
-    def _write(self, add: fx.Node, carry: fx.Node, branch: fx.Node) -> Write | Unknown:
+    def _write(
+        self, add: fx.Node, carry: fx.Node, branch: fx.Node, reader: fx.Node
+    ) -> Write | Unknown:
         region = self._region(branch, carry)
         norms = [n for n in region if is_norm(n)]
         entries = [n for n in norms if self._enters(n, carry)]
@@ -190,10 +202,30 @@ class _Search:
         if not entries or raw:
             place = raw[0] if raw else branch
             return Unknown(f"%{place.name} reads the stream without a norm in front", place)
-        kind = _kind(region)
+        kind = self._kind(region, (shape_of(_through_views(carry)) or ())[:-1])
         if isinstance(kind, fx.Node):
             return Unknown(f"%{kind.name} is part of neither attention nor an MLP", kind)
-        return Write(add, carry, branch, kind, entries[0])
+        return Write(add, carry, branch, kind, entries[0], reader)
+
+    def _kind(self, region: list[fx.Node], lead: tuple[Any, ...]) -> str | fx.Node:
+        """`attn`, `mlp`, or a node that says it is neither.
+
+        Attention is a softmax of a product of two computed values that weighs a third; an MLP
+        works on each position alone.
+        """
+        if any(is_op(n, aten.scaled_dot_product_attention.default) for n in region):
+            return "attn"
+        products = [n for n in region if is_op(n, *_PRODUCTS) and not is_weight_product(n)]
+        patterns = {
+            n
+            for n in region
+            if is_op(n, *_SOFTMAX) and any(self._reads(n, product) for product in products)
+        }
+        if any(_reaches(n, patterns) for product in products for n in data_inputs(product)):
+            return "attn"
+        mixing = (n for n in region if not keeps_positions_apart(n, lead, region))
+        apart = any(map(is_weight_product, region))
+        return next(mixing, "mlp" if apart else region[-1])
 
     def _region(self, branch: fx.Node, carry: fx.Node) -> list[fx.Node]:
         """The nodes between the stream value and the branch's result."""
@@ -232,21 +264,23 @@ class _Search:
 
     def _stem(self, start: fx.Node, table: fx.Node) -> tuple[fx.Node, fx.Node | None]:
         """The token embedding with its scale, and the position embedding added to it, if any."""
-        node = start
+        node, added = start, []
         while node is not table:
             live = [n for n in data_inputs(node) if self._reads(n, table)]
             if len(live) != 1:
                 break
-            others = [n for n in data_inputs(node) if n is not live[0] and _holds_weights(n)]
-            if is_op(node, aten.add.Tensor) and len(others) == 1:
-                inner = self._stem(live[0], table)
-                return inner[0], others[0] if inner[1] is None else inner[1]
+            if is_op(node, aten.add.Tensor):
+                added += [n for n in data_inputs(node) if n is not live[0] and _has_positions(n)]
             node = live[0]
+        given = [n for n in self.rank if n.op == "placeholder"]
+        counted = [n for n in added if not any(self._reads(n, p) for p in given)]
+        found = counted if len(counted) == 1 else added
         scaled = table
         while True:
             up = [u for u in readers(scaled) if is_op(u, aten.mul.Tensor) and _scales(u)]
             if len(readers(scaled)) != 1 or not up or not self._reads(start, up[0]):
-                return scaled, None
+                # Of several values added to the tokens, none is known to be the positions'.
+                return scaled, found[0] if len(found) == 1 else None
             scaled = up[0]
 
 
@@ -266,18 +300,10 @@ def _scales(node: fx.Node) -> bool:
     return not isinstance(other, fx.Node) or (is_weight(other) and not (shape_of(other) or ()))
 
 
-def _holds_weights(node: fx.Node) -> bool:
-    """Whether a value is made from parameters or constants and no token: a position embedding."""
-    seen, stack = set(), [node]
-    found = False
-    while stack:
-        n = stack.pop()
-        if n in seen:
-            continue
-        seen.add(n)
-        found = found or n.op == "get_attr"
-        stack.extend(data_inputs(n))
-    return found
+def _has_positions(node: fx.Node) -> bool:
+    """Whether a value has an axis for the positions, or is the same at all of them."""
+    shape = shape_of(node) or ()
+    return len(shape) > 1 and not same_size(shape[-2], 1)
 
 
 def _through_views(node: fx.Node) -> fx.Node:
@@ -297,53 +323,6 @@ def _through_views(node: fx.Node) -> fx.Node:
         node = source
 
 
-def _kind(region: list[fx.Node]) -> str | fx.Node:
-    """What a branch does: `attn`, `mlp`, or a node that says it is neither.
-
-    Attention has a softmax that feeds a product of two computed values; an MLP works on each
-    position alone.
-    """
-    for node in region:
-        if is_op(node, aten.scaled_dot_product_attention.default):
-            return "attn"
-    softmaxes = {n for n in region if is_op(n, *_SOFTMAX)}
-    for node in region:
-        if is_op(node, *_PRODUCTS) and any(_reaches(n, softmaxes) for n in data_inputs(node)):
-            return "attn"
-    mixing = next((n for n in region if not _keeps_positions_apart(n)), None)
-    linears = (n for n in region if is_op(n, aten.linear.default) or _is_weight_product(n))
-    if mixing is None and next(linears, None) is None:
-        return region[-1]
-    return "mlp" if mixing is None else mixing
-
-
-def _is_weight_product(node: fx.Node) -> bool:
-    """Whether a node is `linear` in another spelling: a computed value times a weight matrix."""
-    if is_op(node, aten.addmm.default, aten.mm.default):
-        return is_weight(argument(node, "mat2"))
-    if is_op(node, aten.matmul.default):
-        return is_weight(argument(node, "other"))
-    return is_op(node, aten.einsum.default) and not isinstance(weight_einsum(node), str)
-
-
-def _keeps_positions_apart(node: fx.Node) -> bool:
-    if is_norm(node) or is_hook(node) or is_op(node, *CASTS, *_BY_POSITION):
-        return True
-    if _is_weight_product(node):
-        return True
-    if is_op(node, *VIEWS):
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        last = len(shape_of(source) or ()) - 1
-        return carried_axis(node, last) is not None
-    if is_op(node, *_OVER_CHANNELS):
-        axes = argument(node, "dim")
-        rank = len(shape_of(node.args[0]) or ())  # type: ignore[arg-type]
-        given = axes if isinstance(axes, (list, tuple)) else [axes]
-        return all(isinstance(a, int) and a % rank == rank - 1 for a in given)
-    return torch.Tag.pointwise in getattr(node.target, "tags", ())
-
-
 def _reaches(node: fx.Node, targets: set[fx.Node]) -> bool:
     while node not in targets:
         live = [n for n in data_inputs(node) if not is_weight(n)]
@@ -356,21 +335,30 @@ def _reaches(node: fx.Node, targets: set[fx.Node]) -> bool:
 def _blocks(writes: list[Write]) -> Iterator[Block]:
     pending: Write | None = None
     for write in writes:
-        if write.kind == "attn":
-            if pending is not None:
-                yield Block(pending, None)
-            pending = write
-        elif pending is None:
-            yield Block(None, write)
-        else:
-            yield Block(pending, write, _is_parallel(pending, write))
+        pair = pending and _paired(pending, write)
+        if pair:
+            yield pair
             pending = None
+            continue
+        if pending is not None:
+            yield _alone(pending)
+        pending = write
     if pending is not None:
-        yield Block(pending, None)
+        yield _alone(pending)
 
 
-def _is_parallel(attn: Write, mlp: Write) -> bool:
-    return _through_views(mlp.carry) is attn.add and not _descends(mlp.norm, attn.add)
+def _paired(first: Write, second: Write) -> Block | None:
+    """The block of two writes: attention and an MLP behind it, or both on one value."""
+    parallel = first.add is second.add or (
+        _through_views(second.carry) is first.add and not _descends(second.norm, first.add)
+    )
+    if first.kind == "attn" and second.kind == "mlp":
+        return Block(first, second, parallel)
+    return Block(second, first, True) if parallel and first.kind != second.kind else None
+
+
+def _alone(write: Write) -> Block:
+    return Block(write, None) if write.kind == "attn" else Block(None, write)
 
 
 def _descends(node: fx.Node, source: fx.Node) -> bool:

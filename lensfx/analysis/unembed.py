@@ -10,10 +10,11 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from lensfx.graph.node import argument, dtype_of, is_op, is_weight, shape_of
-from lensfx.graph.ops import data_inputs, readers
+from lensfx.graph.ops import CASTS, VIEWS, data_inputs, is_hook, readers
 from lensfx.graph.program import Program
+from lensfx.graph.views import carried_axis, same_size
 
-__all__ = ["Head", "heads", "table_and_ids", "token_tables"]
+__all__ = ["Head", "heads", "table_and_ids", "token_tables", "unembedding"]
 
 aten = torch.ops.aten
 
@@ -30,19 +31,27 @@ _MIXES = frozenset(
         aten.scaled_dot_product_attention.default,
     }
 )
-_LOSSES = frozenset({aten.softmax.int, aten.log_softmax.int, aten.cross_entropy_loss.default})
+_LOSSES = frozenset(
+    {
+        aten.softmax.int,
+        aten.log_softmax.int,
+        aten.cross_entropy_loss.default,
+        aten.nll_loss_nd.default,
+    }
+)
 
 
 @dataclass(frozen=True)
 class Head:
     """A linear op from which every path leads to an output without another weight or norm.
 
-    `outputs` are the flat outputs its result reaches, `evidence` says why they are logits over a
-    vocabulary; it is empty if nothing says so.
+    `outputs` are the flat outputs its result reaches, `logits` those whose last axis is still the
+    rows of its weight. `evidence` says why these are a vocabulary; it is empty if nothing does.
     """
 
     linear: fx.Node
     outputs: tuple[int, ...]
+    logits: tuple[int, ...]
     evidence: str
 
 
@@ -55,8 +64,48 @@ def heads(program: Program) -> list[Head]:
         reached = _forward(linear)
         if reached is not None:
             outputs, losses = reached
-            found.append(Head(linear, outputs, _evidence(program, linear, outputs, losses)))
+            evidence = _evidence(program, linear, outputs, losses)
+            found.append(Head(linear, outputs, _logits(program, linear), evidence))
     return found
+
+
+def unembedding(program: Program) -> fx.Node | None:
+    """The head that gives the logits: the only one, or the only one with evidence for it."""
+    found = heads(program)
+    likely = [h for h in found if h.evidence] if len(found) > 1 else found
+    return likely[0].linear if len(likely) == 1 else None
+
+
+def _logits(program: Program, linear: fx.Node) -> tuple[int, ...]:
+    """The outputs to which the rows of the weight come entry by entry, not summed or picked."""
+    found = {linear: None}
+    queue = [linear]
+    for node in queue:
+        new = [r for r in readers(node) if r not in found and _keeps_rows(r, node)]
+        found.update(dict.fromkeys(new))
+        queue.extend(new)
+    flat = pytree.tree_leaves(program.graph.output_node().args[0])
+    return tuple(k for k, leaf in enumerate(flat) if isinstance(leaf, fx.Node) and leaf in found)
+
+
+def _keeps_rows(reader: fx.Node, value: fx.Node) -> bool:
+    """Whether the last axis of the result is that of the value, or a part of it."""
+    before, after = shape_of(value), shape_of(reader)
+    if not before or not after:
+        return False
+    last = len(before) - 1
+    if is_hook(reader) or is_op(reader, aten.detach.default):
+        return True
+    if is_op(reader, aten.index.Tensor):
+        return reader.args[0] is value and len(argument(reader, "indices")) <= last
+    if is_op(reader, aten.slice.Tensor) and argument(reader, "dim") % len(before) == last:
+        return True
+    if is_op(reader, *VIEWS, *CASTS):
+        return reader.args[0] is value and carried_axis(reader, last) == len(after) - 1
+    if is_op(reader, aten.mean.dim, aten.sum.dim_IntList):
+        return all(d % len(before) != last for d in argument(reader, "dim") or [last])
+    pointwise = torch.Tag.pointwise in getattr(reader.target, "tags", ())
+    return pointwise and same_size(before[-1], after[-1])
 
 
 def _forward(linear: fx.Node) -> tuple[tuple[int, ...], list[fx.Node]] | None:

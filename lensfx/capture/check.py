@@ -1,4 +1,4 @@
-"""After capture: the graph is run beside the model, bitwise, also where torch assumes sizes >= 2."""
+"""After capture: the graph is run beside the model, bitwise, also at sizes torch did not trace."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lensfx.capture.untouched import seeded
 from lensfx.errors import CaptureError, GuardError
 from lensfx.graph.guards import Axis, Guards
 from lensfx.graph.ops import writes
-from lensfx.graph.program import Program, flat_module
+from lensfx.graph.program import Program
 
 __all__ = ["DisagreementError", "settle_guards"]
 
@@ -170,8 +170,7 @@ class _Trials:
             return f"{_MODEL_FAILS}: {type(error).__name__}: {error}"
         try:
             with self._constants_kept():
-                flat = self._flat(weights)
-                got = self._run(lambda given: list(flat(*given)), tensors, effects)
+                got = self._run(lambda given: self._of_graph(given, weights), tensors, effects)
         except Exception as error:
             return f"the graph fails where the model runs: {type(error).__name__}: {error}"
         if len(want) != len(got):
@@ -213,12 +212,16 @@ class _Trials:
         self._path = log.calls
         return pytree.tree_leaves(out)
 
-    def _flat(self, weights: Mapping[str, torch.Tensor] | None) -> nn.Module:
+    def _of_graph(
+        self, given: list[torch.Tensor], weights: Mapping[str, torch.Tensor] | None
+    ) -> list[Any]:
+        flat = self.program.flat
         if weights is None:
-            return self.program.flat
-        own = {id(p): weights[name] for name, p in self.model.named_parameters()}
-        tensors = {k: own.get(id(t), t) for k, t in self.program.tensors.items()}
-        return flat_module(self.program.graph, tensors)
+            return list(flat(*given))
+        drawn = {id(p): weights[name] for name, p in self.model.named_parameters()}
+        tensors = self.program.tensors.items()
+        swapped = {name: drawn[id(t)] for name, t in tensors if id(t) in drawn}
+        return list(functional_call(flat, swapped, tuple(given)))
 
     @contextlib.contextmanager
     def _constants_kept(self) -> Iterator[None]:

@@ -10,7 +10,7 @@ import os
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,17 +20,25 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from lensfx.capture.check import DisagreementError, settle_guards
-from lensfx.capture.modes import ParameterWriteError, ReadOnlyParameters, tracing
+from lensfx.capture.modes import (
+    LAYOUT_READS,
+    CallLog,
+    ParameterWriteError,
+    ReadOnlyParameters,
+    SizeBranches,
+    tracing,
+)
 from lensfx.capture.normal_form import normal_form
 from lensfx.capture.untouched import holds_tensors, untouched
 from lensfx.errors import CaptureError, LensError
 from lensfx.graph.guards import Guards
 from lensfx.graph.program import Program, Source
-from lensfx.graph.signature import Leaf, Signature
+from lensfx.graph.signature import Leaf, Signature, outline
 
 __all__ = ["capture"]
 
 _TORCH_HOME = os.path.dirname(torch.__file__)
+_PYTHON_HOME = os.path.dirname(os.__file__)
 _CAPTURE_HOME = os.path.dirname(__file__)
 _SYMBOLS = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
 _LONGEST = 300
@@ -51,7 +59,7 @@ class _Constant:
 
 @dataclass(frozen=True)
 class _Call:
-    """An example call, taken apart: its input tree and the tensors in it."""
+    """An example call, taken apart: its input tree, the tensors in it, what a run of it showed."""
 
     forward: inspect.Signature
     positional: tuple[str, ...]
@@ -59,11 +67,15 @@ class _Call:
     in_spec: pytree.TreeSpec
     leaves: tuple[Leaf, ...]
     example: tuple[torch.Tensor, ...]
+    out_spec: Any = None
+    contiguous: tuple[bool, ...] = ()
+    notes: tuple[str, ...] = ()
 
-    def signature(self, out_spec: Any) -> Signature:
-        """How calls bind to a program with this output tree."""
-        first = (self.forward, self.positional, self.keywords, self.in_spec, self.leaves)
-        return Signature(*first, out_spec, _output_names(out_spec))
+    @property
+    def signature(self) -> Signature:
+        """How calls bind to a program."""
+        inputs = (self.forward, self.positional, self.keywords, self.in_spec, self.leaves)
+        return Signature(*inputs, self.out_spec, _output_names(self.out_spec))
 
 
 class _Flat(nn.Module):
@@ -80,9 +92,28 @@ class _Flat(nn.Module):
         given = iter(leaves)
         flat = [next(given) if leaf.is_tensor else leaf.constant for leaf in call.leaves]
         args, kwargs = pytree.tree_unflatten(flat, call.in_spec)
-        out, seen.out_spec = pytree.tree_flatten(self.model(*args, **kwargs))
+        held = [(m._buffers, name, b) for m in self.model.modules() for name, b in _held(m)]
+        result = self.model(*args, **kwargs)
+        # A torch.Size holds no symbols, so tracing returns a tuple in its place.
+        result = pytree.tree_map_only(torch.Size, tuple, result)
+        out, seen.out_spec = pytree.tree_flatten(result)
+        for buffers, name, old in held:
+            _write_back(buffers, name, old)
         seen.constants = tuple(None if isinstance(v, _SYMBOLS) else _Constant(v) for v in out)
         return [v for v in out if isinstance(v, _SYMBOLS)]
+
+
+def _held(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [(name, b) for name, b in module._buffers.items() if b is not None]
+
+
+def _write_back(buffers: dict[str, Any], name: str, old: torch.Tensor) -> None:
+    """Make `self.steps = self.steps + 1` a write into the buffer, which a graph can hold."""
+    new = buffers.get(name)
+    if new is not old and new is not None and new.shape == old.shape and new.dtype == old.dtype:
+        with torch.no_grad():
+            old.copy_(new)
+        buffers[name] = old
 
 
 class _UntraceableError(Exception):
@@ -100,22 +131,21 @@ def capture(model: nn.Module, *args: Any, **kwargs: Any) -> Program:
     """
     model = _unwrapped(model)
     notes = _notes(model)
-    failure: Exception | None = None
+    failures: list[Exception] = []
     with _quiet(), untouched(model, (args, kwargs)) as restore:
         call = _taken_apart(model, args, kwargs)
-        contiguous = _run_once(model, call)
+        call = _run_once(model, call)
         if kept := restore():
             notes += (f"forward sets {', '.join(kept[:5])}; a call of the program does not",)
         for widened, fresh_casts in _attempts(call.example):
-            if not fresh_casts and not isinstance(failure, DisagreementError):
+            if not fresh_casts and not isinstance(failures[-1], DisagreementError):
                 continue
             try:
-                return _attempt(model, call, widened, fresh_casts, notes, restore)
+                return _attempt(model, replace(call, notes=notes), widened, fresh_casts, restore)
             except (_UntraceableError, LensError) as error:
-                failure = failure or error
+                failures.append(error)
                 restore()
-    assert failure is not None
-    raise _capture_error(model, failure) from failure
+    raise _capture_error(model, failures[0]) from failures[0]
 
 
 def _unwrapped(model: Any) -> nn.Module:
@@ -159,15 +189,15 @@ def _taken_apart(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     return _Call(forward, positional, keywords, spec, leaves, example)
 
 
-def _run_once(model: nn.Module, call: _Call) -> None:
+def _run_once(model: nn.Module, call: _Call) -> _Call:
     """Run the model on the example, so that a call it rejects is not blamed on the tracer.
 
     It also fills caches outside the model, as `functools.cache` makes them, with real tensors:
-    tracing would leave its own there.
+    tracing would leave its own there. The call comes back with what the run showed.
     """
     seen = _Seen()
     try:
-        with ReadOnlyParameters(model):
+        with CallLog() as log, ReadOnlyParameters(model):
             _Flat(model, call, seen)([t.clone() for t in call.example])
     except ParameterWriteError as error:
         raise CaptureError(
@@ -189,6 +219,9 @@ def _run_once(model: nn.Module, call: _Call) -> None:
                 hint=f"return tuples, lists or dicts (transformers: use_cache=False), or register "
                 f"{kind} as a pytree node",
             )
+    asked = any(function in LAYOUT_READS for function, _ in log.calls)
+    contiguous = tuple(t.is_contiguous() for t in call.example) if asked else ()
+    return replace(call, contiguous=contiguous, out_spec=seen.out_spec)
 
 
 def _hides_tensors(value: Any) -> bool:
@@ -207,7 +240,6 @@ def _attempt(
     call: _Call,
     widened: tuple[torch.Tensor, ...],
     fresh_casts: bool,
-    notes: tuple[str, ...],
     restore: Callable[[], Any],
 ) -> Program:
     seen = _Seen()
@@ -217,21 +249,34 @@ def _attempt(
     # Torch takes a description of no inputs at all for a mistake.
     shapes = ([{d: Dim.AUTO for d in range(t.ndim)} for t in widened],) if widened else None
     try:
-        with tracing(fresh_casts):
+        with tracing(fresh_casts), SizeBranches() as branches:
             exported = torch.export.export(flat, given, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         raise _UntraceableError from error
     restore()
+    if seen.out_spec != call.out_spec:
+        kinds = _kind(seen.out_spec), _kind(call.out_spec)
+        raise CaptureError(
+            f"the model returns {kinds[0]} when traced and {kinds[1]} when run",
+            hint="let the kind of result not depend on torch.compiler.is_exporting()",
+        )
     graph, tensors, unread, aliases = normal_form(exported, model, call.leaves, seen.constants)
-    full = call.signature(seen.out_spec)
-    guards = _guards(exported, graph, full)
-    source = Source(type(model).__name__, notes, unread, aliases)
+    full = call.signature
+    guards = _guards(exported, graph, full, branches.conditions())
+    guards = replace(guards, contiguous=call.contiguous)
+    source = Source(type(model).__name__, call.notes, unread, aliases)
     program = Program(graph, tensors, full, guards, call.example, source)
     return settle_guards(program, model, widened, restore)
 
 
+def _kind(spec: pytree.TreeSpec) -> str:
+    return outline(pytree.tree_unflatten([0] * spec.num_leaves, spec))
+
+
 def _leaves(tree: Any, positional: Sequence[str]) -> Iterator[Leaf]:
-    for (side, first, *rest), value in pytree.tree_flatten_with_path(tree)[0]:
+    for path, value in pytree.tree_flatten_with_path(tree)[0]:
+        keys: Any = path
+        side, first, *rest = keys
         head = positional[first.idx] if side.idx == 0 else str(first.key)
         name = head + pytree.keystr(tuple(rest))
         if isinstance(value, torch.Tensor):
@@ -315,17 +360,19 @@ def _said(error: BaseException) -> str:
 
 
 def _user_line(error: BaseException) -> str:
-    frames = [
-        f
-        for f in traceback.extract_tb(error.__traceback__)
-        if not f.filename.startswith((_TORCH_HOME, _CAPTURE_HOME, "<"))
-    ]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if _is_users(f.filename)]
     if not frames:
         return ""
     return f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}  {frames[-1].line}"
 
 
-def _guards(exported: Any, graph: Any, signature: Signature) -> Guards:
+def _is_users(path: str) -> bool:
+    if path.startswith((_TORCH_HOME, _CAPTURE_HOME, "<")):
+        return False
+    return not path.startswith(_PYTHON_HOME) or "site-packages" in path
+
+
+def _guards(exported: Any, graph: Any, signature: Signature, branches: Sequence[str]) -> Guards:
     ranges = {}
     for symbol, bounds in exported.range_constraints.items():
         low, high = bounds.lower, bounds.upper
@@ -334,4 +381,5 @@ def _guards(exported: Any, graph: Any, signature: Signature) -> Guards:
             int(high) if high.is_finite and high < 2**40 else 2**40,
         )
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-    return Guards.build(placeholders, signature.tensor_names, ranges, exported._guards_code)
+    conditions = [*exported._guards_code, *branches]
+    return Guards.build(placeholders, signature.tensor_names, ranges, conditions)

@@ -29,7 +29,7 @@ from lensfx.graph.ops import DROPOUTS, is_impure, reads_data, writes
 __all__ = ["functionalise"]
 
 aten = torch.ops.aten
-_SOURCES = {aten.copy_.default: "src", aten.fill_.Tensor: "value"}
+_SOURCES: dict[Any, str] = {aten.copy_.default: "src", aten.fill_.Tensor: "value"}
 # These overwrite without reading, and their namesakes would read.
 _FILLS: dict[Any, Any] = {
     aten.zero_.default: aten.zeros_like.default,
@@ -123,7 +123,7 @@ class _Functionaliser:
         else:
             if _updates_stats(node):
                 _check_stats(node)
-            shared = [(self._place(n), n is node.args[0]) for n in _aliased(node)]
+            shared = [(self._place(n), n in node.args[:1]) for n in _aliased(node)]
             self._redirect(node)
             self._register(node, [(place, place.value, first) for place, first in shared])
             if node.op == "output":
@@ -164,14 +164,15 @@ class _Functionaliser:
         val = node.meta.get("val")
         if isinstance(val, list | tuple) and shared:
             self.lists[node] = shared
-            self.spare.extend((node, place.root) for place, _, _ in shared)
+            self.spare.append((node, shared[0][0].root))
         elif isinstance(val, torch.Tensor):
             if node.target is operator.getitem:
                 pieces = self.lists.get(node.args[0], [])
                 shared = [p for p in pieces if _memory(p[0].val) == _memory(val)]
             for parent, seen, first in shared[:1]:
                 place = self._view(node, parent, seen)
-                if not first and place.undo is not _same:
+                known = first and (place.undo is not None or node.target is not operator.getitem)
+                if place.undo is not _same and not known:
                     place.root.blocked = f"%{node.name} is a view of it that cannot be replayed"
 
     def _view(self, node: fx.Node, parent: _Place, seen: fx.Node) -> _Place:
@@ -256,7 +257,8 @@ class _Functionaliser:
 
     def _write(self, node: fx.Node, written: tuple[str, ...]) -> None:
         place, form = self._target(node, written), _functional(node.target)
-        source = self.places.get(argument(node, "src")) if is_op(node, aten.copy_.default) else None
+        given = _SOURCES.get(node.target)
+        source = self.places.get(argument(node, given)) if given else None
         self._redirect(node)
         self.replaced.append(node)
         self.places[node] = place
@@ -272,7 +274,11 @@ class _Functionaliser:
             self.places[node] = self._view(view, place, place.value)
             return
         self.changed[place.root] = None
-        self._assign(place, self._new_value(node, place, form))
+        if given:
+            lent = source is not None and source.root.node.op in _STARTS
+            self._assign(place, self._copied(argument(node, given), place, lent=lent))
+        else:
+            self._assign(place, self._new_value(node, place, form))
 
     def _target(self, node: fx.Node, written: tuple[str, ...]) -> _Place:
         arg, form = argument(node, written[0]), _functional(node.target)
@@ -295,8 +301,6 @@ class _Functionaliser:
         return place
 
     def _new_value(self, node: fx.Node, place: _Place, form: Any) -> fx.Node:
-        if node.target in _SOURCES:
-            return self._copied(argument(node, _SOURCES[node.target]), place)
         args, kwargs = _handed(node, form)
         try:
             value = self.emit(place.root, _FILLS.get(node.target, form), *args, **kwargs)
@@ -311,7 +315,7 @@ class _Functionaliser:
             value.meta["val"] = place.val
         return value
 
-    def _copied(self, value: fx.Node, place: _Place) -> fx.Node:
+    def _copied(self, value: fx.Node, place: _Place, *, lent: bool) -> fx.Node:
         old, new = place.val, value.meta["val"]
         kinds = [k for k in ("dtype", "device") if getattr(old, k) != getattr(new, k)]
         if kinds:
@@ -320,8 +324,8 @@ class _Functionaliser:
         spread = not _equal(old.shape, new.shape)
         if spread:
             value = self.emit(place.root, aten.expand.default, value, self.shape(place))
-        if place.whole and (spread or not kinds):
-            # It becomes the value of the root, which must not share memory with the source.
+        if place.whole and (spread or (lent and not kinds)):
+            # The last writes must not change what another input gets.
             layout = {"memory_format": torch.contiguous_format} if spread else {}
             value = self.emit(place.root, aten.clone.default, value, **layout)
         return value
@@ -414,9 +418,10 @@ _INVERSES: dict[str, _Undo] = {
 
 def _inverse(node: fx.Node, before: torch.Tensor) -> tuple[_Undo | None, str]:
     """How a new value of the view becomes one of what it views, or why that is not possible."""
-    after, whole = node.meta["val"], node.args[0]
-    pieces = node.target is operator.getitem and isinstance(whole, fx.Node)
-    name = op_name(whole if pieces else node)  # type: ignore[arg-type]
+    after, maker = node.meta["val"], node
+    if node.target is operator.getitem:
+        maker = node.all_input_nodes[0]
+    name = op_name(maker)
     if _same_place(before, after) or node.target in DROPOUTS:
         return (_detached if name == "detach" else _same), ""
     if before.dtype != after.dtype:
@@ -434,7 +439,9 @@ def _call(work: _Functionaliser, place: _Place) -> _Call:
     node, root = place.node, place.root
     if is_op(node, aten.narrow.default):
         dim, start, length = (argument(node, n) for n in ("dim", "start", "length"))
-        return aten.slice.Tensor, (dim, start, _add(work, root, start, length) or None), {}
+        stop = _add(work, root, start, length)
+        # A start from the end, as in (-2, 2), has no number for the end itself.
+        return aten.slice.Tensor, (dim, start, None if start and stop == 0 else stop), {}
     if node.target is not operator.getitem:
         return node.target, node.args[1:], node.kwargs
     whole, index = node.args
@@ -488,7 +495,7 @@ def _symbol(size: Any) -> Any:
     """A size as a number, or as the expression that it is in the sizes of the inputs."""
     if isinstance(size, int):
         return size
-    return int(size.node.expr) if size.node.expr.is_number else size.node.expr
+    return int(size.node.expr) if size.node.expr.is_Integer else size.node.expr
 
 
 def _hint(size: Any) -> int:

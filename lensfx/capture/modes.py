@@ -1,20 +1,33 @@
-"""The conditions a model is traced and run under: casts kept apart, parameters read-only."""
+"""What a model is traced and run under: casts kept apart, parameters read-only, branches noted."""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._sympy.printers import PythonPrinter
 
-__all__ = ["LAYOUT_READS", "CallLog", "FreshCasts", "ParameterWriteError", "ReadOnlyParameters", "tracing"]
+__all__ = [
+    "LAYOUT_READS",
+    "CallLog",
+    "FreshCasts",
+    "ParameterWriteError",
+    "ReadOnlyParameters",
+    "SizeBranches",
+    "tracing",
+]
 
+_TORCH_HOME = os.path.dirname(torch.__file__)
 _SHORT_CASTS: dict[Any, torch.dtype] = {
     torch.Tensor.float: torch.float32,
     torch.Tensor.double: torch.float64,
@@ -73,6 +86,54 @@ class CallLog(TorchFunctionMode):
         kept = tuple(repr(v) for v in given if v is None or isinstance(v, (bool, float, str)))
         self.calls.append((func, kept))
         return func(*args, **(kwargs or {}))
+
+
+class SizeBranches:
+    """Notes how the model's own code branches on sizes where torch keeps no guard for it.
+
+    Torch takes every size to be 2 or more, and forgets a condition that follows from that:
+    `batch * length < 3` is no guard of its, but decides at a batch of 1.
+    """
+
+    def __init__(self) -> None:
+        self._taken: list[tuple[torch.SymBool, bool]] = []
+
+    def __enter__(self) -> SizeBranches:
+        """Watch every truth value that is asked of a comparison of sizes."""
+        self._plain = plain = torch.SymBool.__bool__
+
+        def watched(condition: torch.SymBool) -> bool:
+            asked_by = sys._getframe(1).f_code.co_filename
+            known = not asked_by.startswith(_TORCH_HOME) and _is_known(condition)
+            outcome = plain(condition)
+            if known:
+                self._taken.append((condition, outcome))
+            return outcome
+
+        torch.SymBool.__bool__ = watched  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        """Stop watching."""
+        torch.SymBool.__bool__ = self._plain  # type: ignore[method-assign]
+
+    def conditions(self) -> list[str]:
+        """The conditions on two sizes or more, as code over torch's symbols.
+
+        One on a single size holds or fails wherever that size is 1, which a run there shows.
+        """
+        found = []
+        for condition, outcome in self._taken:
+            expression = condition.node.expr
+            if len(expression.free_symbols) > 1:
+                code = PythonPrinter().doprint(expression)
+                found.append(code if outcome else f"not ({code})")
+        return list(dict.fromkeys(found))
+
+
+def _is_known(condition: torch.SymBool) -> bool:
+    negated: Any = torch.sym_not(condition)
+    return statically_known_true(condition) or statically_known_true(negated)
 
 
 class ParameterWriteError(Exception):

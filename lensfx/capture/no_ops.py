@@ -79,6 +79,14 @@ def _plain_copy(node: fx.Node) -> bool:
     return all(statically_known_true(x == y) for x, y in zip(a.stride(), b.stride(), strict=True))
 
 
+def _gradless(node: fx.Node) -> bool:
+    source: Any = node.args[0]
+    while is_op(source, *_COPIES):
+        source = source.args[0]
+    val = _val(source)
+    return val is not None and source.op == "get_attr" and not val.requires_grad
+
+
 def _always(node: fx.Node) -> bool:
     return True
 
@@ -98,6 +106,7 @@ _COPIES = (aten.clone.default, aten.lift_fresh_copy.default)
 _NO_OPS: dict[Any, Callable[[fx.Node], bool]] = {
     **dict.fromkeys(DROPOUTS, _eval_dropout),
     aten.alias.default: _always,
+    aten.detach.default: _gradless,
     aten.lift_fresh_copy.default: _always,
     aten.lift_fresh.default: _always,
     aten.clone.default: _plain_copy,

@@ -60,7 +60,7 @@ def seeded(model: nn.Module) -> Iterator[None]:
     """Every generator that a run of the model can draw from at a fixed seed inside."""
     with _random_state_kept(model):
         random.seed(0)
-        torch.random.default_generator.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         for device in _cuda_devices(model):
             torch.cuda.default_generators[device].manual_seed(0)
         if (numpy := sys.modules.get("numpy")) is not None:

@@ -42,8 +42,11 @@ class CausalSelfAttention(nn.Module):
         self.d_model = config.d_model
         self.qkv = nn.Linear(config.d_model, 3 * config.d_model)
         self.proj = nn.Linear(config.d_model, config.d_model)
+        # One wider than any input: a slice that may turn out to be the whole buffer makes
+        # torch.export guard on exactly that length, and the program then refuses it.
+        width = config.n_ctx + 1
+        future = torch.ones(width, width, dtype=torch.bool).triu(diagonal=1)
         # It follows from n_ctx alone, so a checkpoint has no reason to carry it.
-        future = torch.ones(config.n_ctx, config.n_ctx, dtype=torch.bool).triu(diagonal=1)
         self.register_buffer("future", future, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -142,6 +145,6 @@ def _init_weights(module: nn.Module) -> None:
         if module.bias is not None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Embedding):
-        # Ten times the usual spread: from faint positions no previous-token head forms, and
-        # without one there is nothing for an induction head to match against.
+        # Ten times the usual spread: from faint positions a previous-token head is slow to form,
+        # and without one there is nothing for an induction head to match against.
         nn.init.normal_(module.weight, std=0.2)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from lensfx.demo import load, repeated_tokens
 from lensfx.run import HookPoint, Lens, wrap
 
-__all__ = ["Head", "ablated_loss", "induction_scores", "tell"]
+__all__ = ["Head", "ablated_loss", "induction_scores", "previous_scores", "tell"]
 
 Head = tuple[int, int]
 PATTERN, Z = "h.{}.attn.softmax", "h.{}.attn.matmul_1"
@@ -29,15 +29,16 @@ def tell(console: Console, *, batch: int = 64, half: int = 24, seed: int = 7) ->
         lens = wrap(model, tokens[:2])
     console.print(lens.report)
 
-    console.rule("heads that look for the last time this token was seen")
+    console.rule("which heads look for the last time a token was seen?")
     with console.status("reading every attention pattern ..."):
-        scores = induction_scores(lens, tokens, model.config.n_layer)
-    found = [h for h, score in scores.items() if score > THRESHOLD]
-    console.print(_score_table(scores, found))
+        induction = induction_scores(lens, tokens, model.config.n_layer)
+        previous = previous_scores(lens, tokens, model.config.n_layer)
+    found = [h for h, score in induction.items() if score > THRESHOLD]
+    console.print(_score_table(induction, previous))
 
     console.rule("what the model loses without them")
-    with console.status("ablating heads ..."):
-        table = _loss_table(lens, tokens, found, list(scores))
+    with console.status("switching heads off, one run each ..."):
+        table = _loss_table(lens, tokens, induction, found)
     console.print(table)
 
 
@@ -45,16 +46,25 @@ def induction_scores(lens: Lens, tokens: Tensor, n_layer: int) -> dict[Head, flo
     """For each (layer, head): mean attention, in the repeat, to the token after the last match.
 
     `tokens`: [batch, 2 * half], the second half a repeat of the first.
-    Source: Olsson et al., In-context Learning and Induction Heads (2022), section on prefix
-    matching.
+    Source: Olsson et al., In-context Learning and Induction Heads (2022), on prefix matching.
     """
-    half = tokens.shape[1] // 2
+    return _attention(lens, tokens, n_layer, back=tokens.shape[1] // 2 - 1)
+
+
+def previous_scores(lens: Lens, tokens: Tensor, n_layer: int) -> dict[Head, float]:
+    """For each (layer, head): mean attention to the token just before."""
+    return _attention(lens, tokens, n_layer, back=1)
+
+
+def _attention(lens: Lens, tokens: Tensor, n_layer: int, back: int) -> dict[Head, float]:
+    """Mean attention of each head from the repeated half to `back` positions earlier."""
     names = [PATTERN.format(layer) for layer in range(n_layer)]
     _, cache = lens.run_with_cache(tokens, names_filter=names)
+    half = tokens.shape[1] // 2
     scores = {}
     for layer, name in enumerate(names):
-        to_next = cache[name].diagonal(1 - half, dim1=-2, dim2=-1)[..., 1:]  # [batch, head, half]
-        for head, score in enumerate(to_next.mean((0, 2)).tolist()):
+        there = cache[name].diagonal(-back, dim1=-2, dim2=-1)[..., -half:]  # [batch, head, half]
+        for head, score in enumerate(there.mean((0, 2)).tolist()):
             scores[layer, head] = score
     return scores
 
@@ -75,41 +85,42 @@ def ablated_loss(lens: Lens, tokens: Tensor, heads: Sequence[Head]) -> float:
     return F.cross_entropy(predicted, tokens[:, half + 1 :].flatten()).item()
 
 
-def _score_table(scores: dict[Head, float], found: Sequence[Head]) -> Table:
-    table = Table(title="induction score: attention to the token after the previous occurrence")
-    table.add_column("layer", justify="right")
-    heads = sorted({head for _, head in scores})
-    for head in heads:
-        table.add_column(f"head {head}", justify="right")
-    for layer in sorted({layer for layer, _ in scores}):
-        row = []
-        for head in heads:
-            text = f"{scores[layer, head]:.2f}"
-            row.append(f"[bold green]{text}[/]" if (layer, head) in found else text)
-        table.add_row(str(layer), *row)
+def _score_table(induction: dict[Head, float], previous: dict[Head, float]) -> Table:
+    table = Table(title="mean attention in the repeated half", title_justify="left")
+    table.add_column("head")
+    table.add_column("to the token after its last occurrence", justify="right")
+    table.add_column("to the token just before", justify="right")
+    for head, score in induction.items():
+        table.add_row(_label(head), _shaded(score), _shaded(previous[head]))
     return table
 
 
-def _loss_table(lens: Lens, tokens: Tensor, found: Sequence[Head], every: Sequence[Head]) -> Table:
-    table = Table(title=f"loss on the repeated half, in nats (chance is {_chance(lens):.2f})")
-    table.add_column("without")
-    table.add_column("loss", justify="right")
+def _label(head: Head) -> str:
+    return f"layer {head[0]}, head {head[1]}"
+
+
+def _shaded(score: float) -> str:
+    return f"[bold green]{score:.2f}[/]" if score > THRESHOLD else f"{score:.2f}"
+
+
+def _loss_table(
+    lens: Lens, tokens: Tensor, induction: dict[Head, float], found: Sequence[Head]
+) -> Table:
+    table = Table(title="loss on the repeated half", title_justify="left")
+    table.add_column("switched off")
+    table.add_column("nats", justify="right")
     table.add_column("change", justify="right")
     base = ablated_loss(lens, tokens, [])
     table.add_row("nothing", f"{base:.3f}", "")
-    rows: list[tuple[str, Sequence[Head]]] = [("the induction heads", found)] if found else []
-    layers = {layer for layer, _ in found}
-    others = [h for h in every if h not in found and h[0] in layers]
-    if others:
-        rows.append(("all other heads of the same layer", others))
-    rows += [(f"head {head} of layer {layer}", [(layer, head)]) for layer, head in every]
+    chance = torch.tensor(float(lens.program.tensors["wte.weight"].shape[0])).log().item()
+    table.add_row("[dim](guessing)", f"[dim]{chance:.3f}", "", end_section=True)
+    best = max(induction, key=lambda head: induction[head])
+    others = [h for h in induction if h[0] == best[0] and h != best]
+    rows = [(_label(h), [h]) for h in induction]
+    rows.append((f"the {len(others)} other heads of layer {best[0]} together", others))
+    rows.append((f"all {len(found)} induction heads", list(found)))
     for label, heads in rows:
         loss = ablated_loss(lens, tokens, heads)
         style = "bold green" if set(heads) <= set(found) else ""
         table.add_row(label, f"{loss:.3f}", f"{loss - base:+.3f}", style=style)
     return table
-
-
-def _chance(lens: Lens) -> float:
-    table = lens.program.tensors["wte.weight"]
-    return float(torch.tensor(float(table.shape[0])).log())

@@ -18,6 +18,7 @@ __all__ = ["Axis", "Guards"]
 
 _ATOM = re.compile(r"\d+|t\[\d+\]\.shape\[\d+\]")
 _SIZE = re.compile(r"L\['leaves'\]\[(\d+)\]\.size\(\)\[(\d+)\]")
+_SYMBOL = re.compile(r"\bs\d+\b")
 _INFINITE = 2**40
 # Ids of either width index alike; every other change of dtype is another model.
 _ALIKE = frozenset({torch.int32, torch.int64})
@@ -141,9 +142,11 @@ class Guards:
         names: Sequence[str],
         ranges: dict[str, tuple[int, int]],
         conditions: Sequence[str],
-        contiguous: tuple[bool, ...] = (),
     ) -> Guards:
-        """Guards from the symbolic sizes of the placeholders and torch's own guard expressions."""
+        """Guards from the symbolic sizes of the placeholders and conditions on them.
+
+        The conditions are torch's own guard expressions, or code over the symbols of sizes.
+        """
         axes: list[Axis] = []
         derived: list[str] = []
         first: dict[str, str] = {}
@@ -163,6 +166,7 @@ class Guards:
                     axes.append(Axis(leaf, d, label, str(expr), None))
         codes = [c for c in derived if len(set(c.split(" == "))) == 2]
         codes += [_SIZE.sub(r"t[\1].shape[\2]", c).replace("\n", " ") for c in conditions]
+        codes = [_SYMBOL.sub(lambda m: first.get(m[0], m[0]), c) for c in codes]
         codes = list(dict.fromkeys(_sorted_equality(c) for c in codes))
         # Axes of one size are checked as such.
         fixed = {f"{a.size} == t[{a.leaf}].shape[{a.axis}]" for a in axes}
@@ -172,8 +176,7 @@ class Guards:
             tuple(_readable(c, names) for c in codes),
             tuple(p.meta["val"].dtype for p in placeholders),
             tuple(names),
-            contiguous,
-            tuple(compile(c, "<guard>", "eval") for c in codes),
+            _code=tuple(compile(c, "<guard>", "eval") for c in codes),
         )
 
 

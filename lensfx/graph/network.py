@@ -70,5 +70,7 @@ def _reads(node: fx.Node) -> list[tuple[str, fx.Node]]:
         given = {str(i): a for i, a in enumerate(node.args)} | dict(node.kwargs)
     found: list[tuple[str, fx.Node]] = []
     for name, value in given.items():
-        fx.node.map_arg(value, lambda n, name=name: found.append((name, n)))
+        nodes: list[fx.Node] = []
+        fx.node.map_arg(value, nodes.append)
+        found += [(name, n) for n in nodes]
     return found

@@ -27,8 +27,11 @@ __all__ = [
 ]
 
 _TORCH_HOME = os.path.dirname(torch.__file__)
+_TORCH_MODULES = os.path.join(_TORCH_HOME, "nn", "modules")
 _CAPTURE_HOME = os.path.join(os.path.dirname(os.path.dirname(__file__)), "capture")
-_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in [^\n]*(?:\n\s+(?!File ")(?P<code>.*))?')
+_FRAME = re.compile(
+    r'File "(?P<file>[^"]+)", line (?P<line>\d+), in [^\n]*(?:\n\s+(?!File ")(?P<code>.*))?'
+)
 
 
 @cache
@@ -122,8 +125,8 @@ def module_path(node: fx.Node) -> str:
 def source_line(node: fx.Node) -> str:
     """The user's own line that made the node, `model.py:42  x = self.ln(x)`; empty if unknown."""
     frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
-    frames = [f for f in frames if not f["file"].startswith(_CAPTURE_HOME)]
-    own = [f for f in frames if not f["file"].startswith(_TORCH_HOME)] or frames
+    own = [f for f in frames if not f["file"].startswith((_TORCH_HOME, _CAPTURE_HOME))]
+    own = own or [f for f in frames if f["file"].startswith(_TORCH_MODULES)]
     if not own:
         return ""
     frame = own[-1]

@@ -130,7 +130,8 @@ class Program:
 
 def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     """A copy with the same node names and its own metadata, and the map from old to new nodes."""
-    new, mapping = fx.Graph(), {}
+    new = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         # Arguments are set afterwards: given to create_node they are searched for raw symbols,
         # which costs more than all the rest of the copy.

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from lensfx.errors import GuardError
 
-__all__ = ["Leaf", "Signature", "bound_arguments"]
+__all__ = ["Leaf", "Signature", "bound_arguments", "outline"]
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,19 @@ class Signature:
         tree = (tuple(values[n] for n in self.positional), {n: values[n] for n in self.keywords})
         flat, spec = pytree.tree_flatten(tree)
         if spec != self.in_spec:
-            raise GuardError(
-                f"the arguments have another structure than at capture: {spec}, not {self.in_spec}",
-                hint="capture again with an example of this structure",
-            )
+            raise self._other_structure(values)
         return [v for leaf, v in zip(self.leaves, flat, strict=True) if _checked(leaf, v)]
+
+    def _other_structure(self, values: Mapping[str, Any]) -> GuardError:
+        leaves = [leaf.constant for leaf in self.leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, self.in_spec)
+        then = {**dict(zip(self.positional, args, strict=True)), **kwargs}
+        shape = pytree.tree_structure
+        name = next(n for n, v in values.items() if shape(v) != shape(then[n]))
+        return GuardError(
+            f"{name} is {outline(values[name])}, and was {outline(then[name])} at capture",
+            hint="capture again with an example of this structure",
+        )
 
     def _given(self, named: Mapping[str, Any], name: str) -> Any:
         if name in named:
@@ -147,6 +155,16 @@ def _checked(leaf: Leaf, value: Any) -> bool:
     return False
 
 
+class _Star:
+    def __repr__(self) -> str:
+        return "*"
+
+
+def outline(tree: Any) -> str:
+    """A tree with a star for each leaf: `{'ids': *, 'masks': [*, *]}`."""
+    return repr(pytree.tree_map(lambda leaf: _Star(), tree))
+
+
 def _short(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
@@ -159,8 +177,10 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor) or type(a) is not type(b):
         return False
     try:
-        return bool(a == b)
+        # Zero has two signs, and a division tells them apart.
+        return bool(a == b) and (not isinstance(a, float) or repr(a) == repr(b))
     except Exception as error:
-        raise CaptureError(
-            f"values of type {type(a).__name__} cannot be compared: {error}"
+        raise GuardError(
+            f"values of type {type(a).__name__} cannot be compared: {error}",
+            hint="pass the very object that was given at capture, or capture again",
         ) from error

@@ -44,7 +44,7 @@ def graph_text(graph: fx.Graph) -> str:
 
 
 def graph_diff(before: fx.Graph, after: fx.Graph) -> str:
-    """The lines that differ between two graphs, as a unified diff without numbering noise."""
+    """The lines that differ between two graphs, as a unified diff of their texts."""
     a, b = graph_text(before).splitlines(), graph_text(after).splitlines()
     return "\n".join(difflib.unified_diff(a, b, "before", "after", lineterm=""))
 
@@ -68,8 +68,9 @@ def _call(node: fx.Node, numbers: dict[fx.Node, str]) -> str:
         return str(node.target)
     if not schema_names(node.target):
         given = [_form(a, numbers) for a in node.args]
+        given += [f"{k}={_form(v, numbers)}" for k, v in node.kwargs.items()]
         return f"{op_name(node)}({', '.join(given)})"
-    shown = []
+    shown: list[str] = []
     schema: Any = node.target
     for declared, (name, value) in zip(
         schema._schema.arguments, arguments(node).items(), strict=True

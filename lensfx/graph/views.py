@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -113,7 +113,7 @@ def _same(view: fx.Node, axis: int, rank: int) -> int | None:
     return axis
 
 
-_MOVES = {
+_MOVES: dict[Any, Callable[[fx.Node, int, int], int | None]] = {
     aten.transpose.int: _transpose,
     aten.permute.default: _permute,
     aten.t.default: _t,

@@ -90,7 +90,8 @@ class Report:
     def _fired(self) -> Table:
         table = Table(title="passes, in order", title_justify="left")
         for name in ("pass", "fired", "refused", "contract", "site error", "output error"):
-            table.add_column(name, justify="left" if name in ("pass", "contract") else "right")
+            words = name in ("pass", "contract")
+            table.add_column(name, justify="left" if words else "right", overflow="fold")
         for name, report in self.passes.items():
             counts = (str(len(report.fired)), str(len(report.refused)))
             table.add_row(*_cells(name, *counts, *self._figures(report.name)))
@@ -127,7 +128,7 @@ class Report:
     def _proved(self, proved: Equivalence) -> Table:
         table = Table(title="equivalence", title_justify="left", box=None)
         table.add_column(style="dim")
-        table.add_column()
+        table.add_column(overflow="fold")
         table.add_row("worst float64 error", f"{proved.worst:.1e} relative, at any site or output")
         table.add_row("drift", f"{proved.drift:.2f} x the model's own rounding noise")
         if self.folded:

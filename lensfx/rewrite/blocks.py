@@ -78,9 +78,9 @@ def _ordered(root: fx.Node) -> list[fx.Node]:
 def _value(node: fx.Node, memo: Mapping[fx.Node, Any], leaf: Callable[..., Any]) -> Any:
     if node.op == "get_attr":
         return _stored(leaf(node))
-    if is_op(node, aten.t.default) and node.args[0].op == "get_attr":
+    if is_op(node, aten.t.default) and argument(node, "self").op == "get_attr":
         # A transposed stored matrix is still a stored matrix: no float64 copy of the whole.
-        return _stored(leaf(node.args[0]).t())
+        return _stored(leaf(argument(node, "self")).t())
     by_rows = _by_rows(node, memo)
     if by_rows is not None:
         return by_rows
@@ -126,7 +126,7 @@ def _by_rows(node: fx.Node, memo: Mapping[fx.Node, Any]) -> Any:
     if is_op(node, *_POINTWISE) and all(memo[n].shape == first.shape for n in large):
         return _pointwise(node, memo, first)
     if is_op(node, aten.mv.default) and large == [node.args[0]]:
-        vector = memo[node.args[1]]
+        vector = memo[argument(node, "vec")]
         return torch.cat([first.rows(a, b) @ vector for a, b in first.blocks()])
     if is_op(node, aten.mean.dim):
         return _mean(node, first)
@@ -135,7 +135,13 @@ def _by_rows(node: fx.Node, memo: Mapping[fx.Node, Any]) -> Any:
 
 def _pointwise(node: fx.Node, memo: Mapping[fx.Node, Any], like: _Rows) -> _Rows | None:
     small = [memo[n] for n in node.all_input_nodes if not isinstance(memo[n], _Rows)]
-    if any(s.ndim > 2 or (s.ndim == 2 and s.shape[0] not in (1, like.shape[0])) for s in small):
+    fits = all(
+        s.ndim <= 2
+        and (s.ndim == 0 or s.shape[-1] in (1, like.shape[1]))
+        and (s.ndim < 2 or s.shape[0] in (1, like.shape[0]))
+        for s in small
+    )
+    if not fits:
         return None
 
     def part(value: Any, a: int, b: int) -> Any:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from lensfx.errors import RewriteError
 from lensfx.graph.names import free_name, native_name
 from lensfx.graph.node import (
     arguments,
+    is_weight,
     module_path,
     op_name,
     schema_names,
-    shape_of,
     source_line,
     value_of,
     where,
@@ -138,19 +140,27 @@ class Edit:
         vals = fx.node.map_arg((args, dict(kwargs)), _required_value)
         key = (target, _key(vals))
         if key not in self._vals:
+            known = self._known_sizes()
             try:
-                if self._mode is None:
+                with self._mode or contextlib.nullcontext(), torch.no_grad():
                     self._vals[key] = target(*vals[0], **vals[1])
-                else:
-                    with self._mode, torch.no_grad():
-                        self._vals[key] = target(*vals[0], **vals[1])
             except Exception as error:
-                raise RewriteError(
-                    f"{self.pass_name} makes a call that cannot run: {target}: {error}",
-                    at=where(self._state().root),
-                    hint="check the shapes the rule assumes in its `unless`",
-                ) from error
+                raise self._cannot_run(target, str(error)) from error
+            if self._known_sizes() != known:
+                # Torch takes sizes that coincide in the example for equal; the guards do not.
+                del self._vals[key]
+                raise self._cannot_run(target, "two sizes that may differ would have to be equal")
         return self._vals[key]
+
+    def _known_sizes(self) -> int:
+        return len(self._mode.shape_env.guards) if self._mode and self._mode.shape_env else 0
+
+    def _cannot_run(self, target: Any, reason: str) -> RewriteError:
+        return RewriteError(
+            f"{self.pass_name} makes a call that cannot run: {target}: {reason}",
+            at=where(self._state().root),
+            hint="check the shapes the rule assumes in its `unless`",
+        )
 
 
 class At:
@@ -182,16 +192,13 @@ class At:
             node = edit.graph.call_function(target, args, kwargs)
         if self._behind:
             self._anchor = node
-        inputs = node.all_input_nodes
         node.meta = {
             "val": val,
             "nn_module_stack": anchor.meta.get("nn_module_stack"),
             "stack_trace": anchor.meta.get("stack_trace"),
             "lensfx": (edit.pass_name, edit._first + len(edit.journal)),
         }
-        node.meta["weight"] = (not inputs and constructs(node)) or (
-            bool(inputs) and all(n.meta.get("weight") for n in inputs)
-        )
+        node.meta["weight"] = _depends_on_weights_only(node)
         path = module_path(node)
         wanted = f"{path}.{op_name(node)}" if path else op_name(node)
         node.meta["native"] = str(args[1]) if is_hook(node) else free_name(wanted, edit._taken)
@@ -221,9 +228,7 @@ class At:
         state.touched[node] = None
         state.loose.extend(node.all_input_nodes)
         node.args, node.kwargs = args, kwargs
-        node.meta["weight"] = bool(node.all_input_nodes) and all(
-            n.meta.get("weight") for n in node.all_input_nodes
-        )
+        _renew_weight_marks([node])
 
     def replace(self, old: fx.Node, new: fx.Node) -> None:
         """Let every reader of `old` read `new` instead, and remove `old`.
@@ -233,7 +238,8 @@ class At:
         edit = self._edit
         state = edit._state()
         _same_kind(edit, old, value_of(new))
-        old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+        told = old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+        _renew_weight_marks(told)
         if old in edit._origin:
             edit._origin[new] = edit._origin.pop(old)
         state.touched.pop(old, None)
@@ -245,21 +251,46 @@ class At:
         edit = self._edit
         _same_kind(edit, old, value_of(new))
         reader.replace_input_with(old, new)
+        _renew_weight_marks([reader])
         edit._state().touched[reader] = None
         edit._state().loose.append(old)
 
 
+def _depends_on_weights_only(node: fx.Node) -> bool:
+    inputs = node.all_input_nodes
+    return all(map(is_weight, inputs)) if inputs else constructs(node)
+
+
+def _renew_weight_marks(changed: Iterable[fx.Node]) -> None:
+    """Bring the marks of nodes with new inputs up to date, and of what reads them."""
+    stack = list(changed)
+    while stack:
+        node = stack.pop()
+        if node.op == "call_function" and is_weight(node) != _depends_on_weights_only(node):
+            node.meta["weight"] = not is_weight(node)
+            stack.extend(node.users)
+
+
 def _same_kind(edit: Edit, old: fx.Node, val: Any) -> None:
-    shape, held = shape_of(old), value_of(old)
-    if not isinstance(val, torch.Tensor) or shape is None:
-        return
-    if not same_shape(shape, tuple(val.shape)) or val.dtype != held.dtype:
+    before, after = _tensors(value_of(old)), _tensors(val)
+    same = len(before) == len(after) and all(
+        same_shape(a.shape, b.shape) and a.dtype == b.dtype
+        for a, b in zip(before, after, strict=True)
+    )
+    if not same:
         raise RewriteError(
-            f"{edit.pass_name} would change {old.name} from {held.dtype} {tuple(shape)} "
-            f"to {val.dtype} {tuple(val.shape)}",
+            f"{edit.pass_name} would change {old.name} from {_kinds(before)} to {_kinds(after)}",
             at=where(old),
             hint="a rewrite keeps the shape and dtype of the values others read",
         )
+
+
+def _tensors(val: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(val) if isinstance(leaf, torch.Tensor)]
+
+
+def _kinds(tensors: Iterable[torch.Tensor]) -> str:
+    return ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in tensors) or "no tensor"
 
 
 def _call_form(target: Any, given: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 from lensfx.errors import UnknownNameError
@@ -19,25 +20,31 @@ def explain(program: Any, place: str) -> str:
     Raises: UnknownNameError if no pass met the place and the program has nothing of that name.
     """
     found: Program = getattr(program, "program", program)
+    graphs = [*(stage.graph for stage in found.stages), found.graph]
+    natives = {n.name: native_name(n) for graph in graphs for n in graph.nodes}
     lines = []
-    paths = {n.name: native_name(n) for n in found.graph.nodes}
     for report in found.reports:
         for entry in report.fired:
-            kept = [paths.get(new, "") for _, new in entry.sites]
-            if _about(place, entry.root, entry.path, entry.note, *kept):
+            met = [natives.get(name, "") for name in (entry.root, *(new for _, new in entry.sites))]
+            if _about(place, entry.root, entry.path, entry.note, *met):
                 lines.append(f"{report.name} fired: {entry}")
         for refusal in report.refused:
-            if _about(place, refusal.root, refusal.path):
+            if _about(place, refusal.root, refusal.path, natives.get(refusal.root, "")):
                 lines.append(f"{report.name} left it alone: {refusal.reason}  ({refusal.blame})")
     if lines:
         return "\n".join(lines)
     known = {n.name for n in found.graph.nodes} | {str(n.target) for n in found.graph.nodes}
-    if place in known or any(_about(place, "", p) for p in paths.values()):
+    paths = {*getattr(program, "hook_names", ()), *natives.values()} - {""}
+    if place.lstrip("%") in known or any(_about(place, path, path) for path in paths):
         return f"no pass has a rule that meets {place}"
-    raise UnknownNameError(f"the program has no node, name or path {place!r}")
+    near = difflib.get_close_matches(place, sorted(known | paths), n=4, cutoff=0.4)
+    raise UnknownNameError(
+        f"the program has no node, name or path {place!r}",
+        hint=f"the nearest are {', '.join(near)}" if near else "look at lens.hook_names",
+    )
 
 
 def _about(place: str, root: str, *paths: str) -> bool:
     return place.lstrip("%") == root or any(
-        path == place or path.startswith(f"{place}.") for path in paths
+        bool(path) and (path == place or path.startswith(f"{place}.")) for path in paths
     )

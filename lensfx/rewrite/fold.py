@@ -50,7 +50,8 @@ def fold(program: Program) -> Program:
         read.meta = {**root.meta, "val": root.meta["val"], "weight": True}
         read.meta.pop("lensfx", None)
         read.meta.pop("native", None)
-        root.replace_all_uses_with(read)
+        # An expression over this one is still to be evaluated from the parameters as they were.
+        root.replace_all_uses_with(read, delete_user_cb=lambda user: not is_weight(user))
     remove_dead(graph)
     graph.lint()
     alive = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
@@ -85,7 +86,8 @@ def _dtype(node: fx.Node) -> torch.dtype:
 
 
 def _formula(name: str, root: fx.Node) -> Formula:
-    graph, copies = fx.Graph(), {}
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
     needed: dict[fx.Node, None] = {}
     stack = [root]
     while stack:

@@ -143,7 +143,7 @@ def _match_readers(
     found: list[Match] = []
     others: list[fx.Node] = []
     interior: set[fx.Node] = set()
-    for alias, reader, path in _reads(node, pattern.keeps % len(shape), interior):
+    for alias, reader, path in _reads(node, pattern.keeps % len(shape), pattern.keeps, interior):
         env = next(
             solver.solve(pattern.reader, reader, {**producer, pattern.producer.name: alias}), None
         )
@@ -172,16 +172,20 @@ def data_inputs_of(node: fx.Node) -> list[fx.Node]:
 
 
 def _reads(
-    node: fx.Node, axis: int, interior: set[fx.Node], path: tuple[fx.Node, ...] = ()
+    node: fx.Node,
+    axis: int,
+    keeps: int,
+    interior: set[fx.Node],
+    path: tuple[fx.Node, ...] = (),
 ) -> Iterator[tuple[fx.Node, fx.Node, tuple[fx.Node, ...]]]:
     """Each (alias, reader, views between): readers of the value and of views that keep the axis."""
     for reader in readers(node):
         moved = carried_axis(reader, axis) if is_op(reader, *VIEWS, *CASTS) else None
         shape = shape_of(reader)
         if moved is not None and shape is not None and readers(reader):
-            if reader.args[0] is node and moved == len(shape) - 1:
+            if reader.args[0] is node and moved == keeps % len(shape):
                 interior.add(reader)
-                yield from _reads(reader, moved, interior, (*path, reader))
+                yield from _reads(reader, moved, keeps, interior, (*path, reader))
                 continue
         yield node, reader, path
 
@@ -220,7 +224,11 @@ class _Solver:
                 yield from self.solve(alternative, value, env, depth, by)
         elif isinstance(pattern, Maybe):
             if value is None:
-                yield {**dict.fromkeys(names_of(pattern.pattern)), **env}
+                absent = dict.fromkeys(names_of(pattern.pattern))
+                if all(env.get(name) is None for name in absent):
+                    yield {**absent, **env}
+                else:
+                    self._fail(depth, "it is absent here and present elsewhere", by)
             else:
                 yield from self.solve(pattern.pattern, value, env, depth, by)
         elif isinstance(pattern, Through):
@@ -239,7 +247,7 @@ class _Solver:
     def _bind(
         self, name: str, value: typing.Any, env: Env, depth: int, by: fx.Node
     ) -> Iterator[Env]:
-        if env.get(name) is None:
+        if name not in env:
             yield {**env, name: value}
         elif same_value(env[name], value):
             yield env

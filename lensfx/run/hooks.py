@@ -66,7 +66,7 @@ def visit(value: torch.Tensor, name: str, active: Active) -> torch.Tensor:
     forward = active.forward.get(name, ())
     if forward:
         # It may be a view of a weight or the very tensor of another value.
-        value = _through(value.clone(), point, forward)
+        value = _through(_own(value), point, forward)
     backward = active.backward.get(name, ())
     collect = active.collect.get(name)
     if not value.requires_grad:
@@ -102,13 +102,25 @@ def _with_backward(
     def run(grad: torch.Tensor) -> torch.Tensor:
         if hooks:
             # Autograd hands the same tensor to both sides of an add.
-            grad = _through(grad.clone(), point, hooks)
+            own = _own(grad)
+            before = own._version
+            result = _through(own, point, hooks)
+            grad = grad if result is own and own._version == before else result
         if collect is not None:
             collect(grad, point)
         return grad
 
     value.register_hook(run)
     return value
+
+
+def _own(value: torch.Tensor) -> torch.Tensor:
+    """A copy with the value's strides: kernels give other last bits for other strides."""
+    copy = value.clone()
+    if copy.stride() == value.stride() or 0 in value.stride():
+        return copy
+    gaps = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device)
+    return gaps.copy_(value)
 
 
 def _check(value: torch.Tensor, result: Any, name: str) -> None:

@@ -39,9 +39,9 @@ def _take_constants(graph: fx.Graph, tensors: list[bool]) -> None:
     """Give the leaves that were baked in their places in the argument tree."""
     inputs = iter([n for n in graph.nodes if n.op == "placeholder"])
     here = graph._root
-    for is_tensor in tensors:
+    for i, is_tensor in enumerate(tensors):
         if is_tensor:
             here = next(inputs)
         else:
             with graph.inserting_after(here):
-                here = graph.placeholder("constant")
+                here = graph.placeholder(f"constant_{i}")

@@ -96,7 +96,7 @@ class _Derivation:
             if node in needed and node.op == "call_function":
                 self.env[node] = self._copy(node)
         out = [self.env[r] if isinstance(r, fx.Node) else r for r in results]
-        out += [self.values[name] for name in self.request.keep]
+        out += [self._kept(name) for name in self.request.keep]
         self.graph.output(tuple(out))
         tensors = tuple(self.program.tensors[name] for name in self.weights)
         count = sum(n.op == "call_function" for n in self.graph.nodes)
@@ -107,6 +107,13 @@ class _Derivation:
             place = self.names.places[self.request.stop]
             return [place.node]
         return list(self.program.graph.output_node().args[0])  # type: ignore[arg-type]
+
+    def _kept(self, name: str) -> fx.Node:
+        value = self.values[name]
+        if name in self.request.edit or not _borrows(self.names.places[name]):
+            return value
+        # Written to, or trained on, a weight that a cache shows would change in both places.
+        return self.graph.call_function(aten.clone.default, (value,))
 
     def _interface(self, needed: set[fx.Node]) -> None:
         """Inputs, then the weights the needed nodes read, then the hooks, all as arguments."""
@@ -121,7 +128,8 @@ class _Derivation:
         self.active = self.graph.placeholder("lensfx_active")
 
     def _copy(self, node: fx.Node) -> fx.Node:
-        names = self.at.get(node, [])
+        # The divisor comes before the norm's result, whichever was asked for first.
+        names = sorted(self.at.get(node, []), key=lambda n: not self.names.places[n].is_scale)
         if is_hook(node):
             source = node.args[0]
             assert isinstance(source, fx.Node)
@@ -166,12 +174,22 @@ def divisor(x: torch.Tensor, axes: int, eps: float | None, centred: bool) -> tor
 def rescaled(
     normed: torch.Tensor, scale: torch.Tensor, seen: torch.Tensor, shift: torch.Tensor | None
 ) -> torch.Tensor:
-    """A norm's output as if it had divided by `seen` in place of `scale`."""
-    if seen is scale:
-        return normed
-    if shift is None:
-        return normed * (scale / seen)
-    return (normed - shift) * (scale / seen) + shift
+    """A norm's output as if it had divided by `seen`; its very bits where that is `scale`."""
+    moved = normed if shift is None else normed - shift
+    # As a correction, because x / x is exactly 1, and the gradient of `seen` is still right there.
+    return normed + moved * (scale / seen - 1)
+
+
+def _borrows(place: Place) -> bool:
+    """Whether the value is memory of a weight or an input: nothing but views lie between."""
+    node: Any = place.node
+    while not place.is_scale and isinstance(node, fx.Node) and node.op == "call_function":
+        schema = getattr(node.target, "_schema", None)
+        views = schema is not None and any(r.alias_info is not None for r in schema.returns)
+        if not (views or is_hook(node)):
+            return False
+        node = node.args[0]
+    return not place.is_scale and isinstance(node, fx.Node)
 
 
 def _has_effect(node: fx.Node) -> bool:

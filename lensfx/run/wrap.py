@@ -60,5 +60,7 @@ def _chosen(passes: str | Iterable[Pass] | None) -> tuple[Pass, ...]:
         if passes != "default":
             raise PipelineError(f"passes={passes!r} is unknown", hint="passes='default' or None")
         return (*others, hooks)
+    if not isinstance(passes, Iterable):
+        raise PipelineError(f"passes={passes!r} is no list of passes", hint=f"passes=({passes!r},)")
     given = tuple(passes)
-    return given if any(p == hooks for p in given) else (*given, hooks)
+    return given if any(isinstance(p, type(hooks)) for p in given) else (*given, hooks)

@@ -75,8 +75,10 @@ def check(
     calls = _calls(reference, candidate, inputs)
     worst: Comparison | None = None
     for k, (args, kwargs) in enumerate(calls):
-        left = _outputs(reference, args, kwargs, contract)
-        right = _outputs(candidate, args, kwargs, contract)
+        left, right = (
+            _outputs(side, args, kwargs, contract, f"the {word} cannot be run on call {k}")
+            for side, word in ((reference, "reference"), (candidate, "candidate"))
+        )
         for output, difference in _differences(left, right, contract):
             if worst is None or difference.error > worst.error:
                 worst = Comparison(contract, difference.error, output, k, difference)
@@ -123,9 +125,30 @@ def _call_of(program: Program, tensors: Sequence[torch.Tensor]) -> Call:
     return tuple(args), dict(kwargs)
 
 
+@dataclass(frozen=True)
+class _Output:
+    """One leaf of what a side returned: its place among all leaves, and what to call it."""
+
+    place: int
+    path: tuple[Any, ...]
+    value: Any
+
+    @property
+    def shown(self) -> str:
+        return f"output{pytree.keystr(self.path)}"
+
+    @property
+    def name(self) -> str:
+        """As the signature of a program names its outputs: `logits`, `0[1]`."""
+        if not self.path:
+            return "output"
+        first = str(getattr(self.path[0], "key", getattr(self.path[0], "idx", self.path[0])))
+        return first + pytree.keystr(self.path[1:])
+
+
 def _outputs(
-    side: Any, args: tuple[Any, ...], kwargs: dict[str, Any], contract: Any
-) -> list[tuple[str, Any]]:
+    side: Any, args: tuple[Any, ...], kwargs: dict[str, Any], contract: Any, problem: str
+) -> list[_Output]:
     exact = isinstance(contract, Observes)
     program = _program(side)
     function = side
@@ -134,20 +157,34 @@ def _outputs(
     args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        if exact:
-            out = function(*args, **kwargs)
-        else:
-            with Float64() as oracle:
-                out = oracle.read(function(*args, **kwargs))
+        try:
+            if exact:
+                out = function(*args, **kwargs)
+            else:
+                with Float64() as oracle:
+                    out = oracle.read(function(*args, **kwargs))
+        except LensError:
+            raise
+        except Exception as error:
+            raise LensError(f"{problem}: {type(error).__name__}: {error}") from error
     found = pytree.tree_flatten_with_path(out)[0]
-    return [(f"output{pytree.keystr(path)}", leaf) for path, leaf in found]
+    return [_Output(k, path, leaf) for k, (path, leaf) in enumerate(found)]
 
 
 def _differences(
-    left: list[tuple[str, Any]], right: list[tuple[str, Any]], contract: Any
+    left: list[_Output], right: list[_Output], contract: Any
 ) -> list[tuple[str, Difference]]:
-    a = [(name, leaf) for name, leaf in left if isinstance(leaf, torch.Tensor)]
-    b = [(name, leaf) for name, leaf in right if isinstance(leaf, torch.Tensor)]
+    a = [out for out in left if isinstance(out.value, torch.Tensor)]
+    b = [out for out in right if isinstance(out.value, torch.Tensor)]
     if len(a) != len(b):
         raise LensError(f"one side returns {len(a)} tensors, the other {len(b)}")
-    return [(name, contract.compare(x, y)) for (name, x), (_, y) in zip(a, b, strict=True)]
+    named = {out.name: out for out in b}
+    if named.keys() == {out.name for out in a}:
+        # The same keys in another order, as two dicts may have them.
+        b = [named[out.name] for out in a]
+    found = []
+    for x, y in zip(a, b, strict=True):
+        rule = contract.at(x.place)
+        rule = rule if type(rule) is type(contract) else contract.at(x.name)
+        found.append((x.shown, rule.compare(x.value, y.value)))
+    return found

@@ -10,7 +10,8 @@ from torch import fx
 
 from lensfx.analysis.unembed import table_and_ids, token_tables
 from lensfx.errors import GuardError
-from lensfx.graph.node import shape_of
+from lensfx.graph.node import is_op, shape_of
+from lensfx.graph.ops import CASTS, VIEWS
 from lensfx.graph.program import Program
 
 __all__ = ["Scenario", "hard_inputs", "scenarios"]
@@ -91,17 +92,25 @@ def _values(
 
 
 def _table_rows(program: Program) -> dict[fx.Node, int]:
-    """For each input that is a token id, how many rows the smallest table it indexes has."""
+    """For each input that is a token id, how many rows the smallest table it indexes has.
+
+    Left out is an input from which ids are computed: what else it may hold, only its example says.
+    """
     rows: dict[fx.Node, int] = {}
+    computed = set()
     for node in token_tables(program):
         found = table_and_ids(node)
         assert found is not None
         table, source = found
+        plain = True
         while source.op == "call_function":
+            plain = plain and is_op(source, *VIEWS, *CASTS)
             source = source.args[0]  # type: ignore[assignment]
+        if not plain:
+            computed.add(source)
         size = (shape_of(table) or (0,))[0]
         rows[source] = min(int(size), rows.get(source, int(size)))
-    return rows
+    return {node: size for node, size in rows.items() if node not in computed}
 
 
 def _accepted(program: Program, tensors: Sequence[torch.Tensor]) -> bool:

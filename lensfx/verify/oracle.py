@@ -164,9 +164,9 @@ class _Memory:
         """What `func` returns for the same arguments in float64."""
         return func(*map(self.widen, args), **{k: self.widen(v) for k, v in kwargs.items()})
 
-    def is_outside(self, t: Tensor) -> bool:
-        """Whether the storage of `t` is older than the modes; none made under them is narrow."""
-        return t.dtype in WIDER or _address(t) not in self.made
+    def is_outside(self, t: Any) -> bool:
+        """Whether a tensor's storage is older than the modes; none made under them is narrow."""
+        return isinstance(t, Tensor) and (t.dtype in WIDER or _address(t) not in self.made)
 
     def adopt(self, t: Tensor) -> Tensor:
         """A float64 tensor that may be written in place of the outside tensor `t`."""
@@ -251,7 +251,7 @@ class _Operators(TorchDispatchMode):
         def target(value: Any) -> Any:
             if isinstance(value, (tuple, list)):
                 return [target(v) for v in value]
-            if not isinstance(value, Tensor) or not memory.is_outside(value):
+            if not memory.is_outside(value):
                 return value
             if kind.name == "set_":
                 raise _not_its_own(value)
@@ -284,17 +284,6 @@ def _swap(out: Any, swapped: list[tuple[Tensor, Tensor]]) -> Any:
     return next((value for stand_in, value in swapped if stand_in is out), out)
 
 
-def _body(func: Any, args: Args, kwargs: Kwargs) -> Any:
-    """Run what a higher-order operator wraps, under the modes that are on."""
-    name = func.name()
-    if name == "cond":
-        return (args[1] if args[0] else args[2])(*args[3])
-    at = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}.get(name)
-    if at is None:
-        raise LensError(f"the operator {name} runs a program that float64 does not reach")
-    return args[at](*args[at + 1 :], **kwargs)
-
-
 class _Calls(TorchFunctionMode):
     """Sees the calls that Python makes, before composite operators fall apart."""
 
@@ -306,24 +295,29 @@ class _Calls(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if isinstance(func, HigherOrderOperator):
+            if func._name != "cond":
+                raise LensError(f"the operator {func._name} runs a program behind float64's back")
             with self:
-                return _body(func, args, kwargs)
+                return (args[1] if args[0] else args[2])(*args[3])
         if name == "__get__":
             value = func(*args)
             return WIDER.get(value, value) if isinstance(value, torch.dtype) else value
-        if name == "__set__" and func.__self__ is torch.Tensor.data:
-            if self.memory.is_outside(args[0]):
-                raise _not_its_own(args[0])
-        elif name in ("tensor", "new_tensor", "as_tensor", "asarray"):
+        if name in ("tensor", "new_tensor", "as_tensor", "asarray"):
             return self._construct(name, func, args, kwargs)
-        elif name == "__setitem__" and isinstance(args[2], (float, complex)):
-            args = (*args[:2], torch.tensor(args[2]))
-        elif name in RMS_NORMS:
-            args, kwargs = self._spell_eps(args, kwargs)
+        args, kwargs = self._spelled(name, func, args, kwargs)
         wide = name in LOOKS or name in WRAPPERS or name in RMS_NORMS or _is_free(func)
-        if wide and kwargs.get("out") is None:
+        out = kwargs.get("out")
+        if not wide or (out is not None and not self.memory.is_outside(out)):
+            return func(*args, **kwargs)
+        if out is None:
             return self.memory.call(func, args, kwargs)
-        return func(*args, **kwargs)
+        return self._put(out, self.memory.call(func, args, {**kwargs, "out": None}))
+
+    def _put(self, out: Tensor, value: Tensor) -> Tensor:
+        """Write to the outside tensor `out` what a composite would not, since the dtypes differ."""
+        if out.shape != value.shape:
+            raise _not_its_own(out)
+        return out.copy_(value)
 
     def _construct(self, name: str, func: Any, args: Args, kwargs: Kwargs) -> Any:
         args = tuple(WIDER.get(a, a) if isinstance(a, torch.dtype) else a for a in args)
@@ -335,12 +329,19 @@ class _Calls(TorchFunctionMode):
             self.memory.record(out, ())
         return out
 
-    def _spell_eps(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        """An absent eps is that of the dtype of the input, float32's for all smaller ones."""
-        if kwargs.get("eps", args[3] if len(args) > 3 else None) is not None:
+    def _spelled(self, name: str, func: Any, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        """The arguments of a call, with nothing left to take from a smaller dtype."""
+        if name == "__set__" and func.__self__ is torch.Tensor.data:
+            if self.memory.is_outside(args[0]):
+                raise _not_its_own(args[0])
+        if name == "__setitem__" and isinstance(args[2], (float, complex)):
+            return (*args[:2], torch.tensor(args[2])), kwargs
+        given = kwargs.get("eps", args[3] if len(args) > 3 else None)
+        if name not in RMS_NORMS or given is not None:
             return args, kwargs
         tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
         narrow = self.memory.narrow or any(t.dtype in WIDER for t in tensors)
+        # The kernels compute in float32 for all smaller dtypes, and take their eps from there.
         eps = torch.finfo(torch.float32 if narrow else torch.float64).eps
         return args[:3], {**kwargs, "eps": eps}
 
@@ -358,7 +359,7 @@ class Float64:
     its tensors do not show it: that decides the eps of an `rms_norm` that is given none.
 
     Raises: LensError, in the block, where bits of a float are read as an integer, where an outside
-    tensor would get other data or another size, and for operators that run a hidden program.
+    tensor would get other data or another size, and for operators that run programs, but `cond`.
     """
 
     def __init__(

@@ -238,7 +238,12 @@ def test_rows_sees_where_one_is_not_finite(
         (torch.zeros(2, 3), torch.tensor([[0.0] * 3, [0, 1e-9, 0]]), inf, "[1, 1]   before 0"),
         (torch.tensor([[1.0], [0]]), torch.tensor([[1.0], [1e-6]]), 1e-3, "[1, 0]   before 0"),
         (1e308 * torch.ones(1).double(), -1e308 * torch.ones(1).double(), inf, "after -1e+308"),
-        (torch.tensor([3 + 4j]), torch.tensor([3 + 4.5j]), 0.1, "[0]   before 4   after 4.5"),
+        (
+            torch.tensor([3 + 4j, 0]),
+            torch.tensor([3 + 4j, 0.5j]),
+            0.1,
+            "[1]   before 0   after 0.5",
+        ),
         (torch.tensor([2.0]), torch.tensor([2.5]).bfloat16(), 0.25, "[0]   before 2   after 2.5"),
     ],
 )
@@ -363,6 +368,7 @@ def test_what_has_nothing_to_shift_is_exact() -> None:
         (torch.tensor([1.0]), torch.nextafter(torch.tensor([1.0]), torch.tensor(2.0)), 2.0**-23),
         (torch.tensor([1, 2]), torch.tensor([1, 2]), 0.0),
         (torch.tensor([True]), torch.tensor([False]), inf),
+        (torch.tensor([True]), torch.tensor([True]), 0.0),
         (torch.empty(0), torch.empty(0), 0.0),
         (torch.tensor([1.0]).bfloat16(), torch.tensor([1.0]).bfloat16(), 0.0),
         (torch.tensor([1 + 0j]), torch.tensor([complex(1, -0.0)]), inf),

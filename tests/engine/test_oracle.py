@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 
 from lensfx.errors import LensError
 from lensfx.verify.oracle import Float64
@@ -235,10 +236,13 @@ SMALL = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", SMALL)
-def test_every_way_to_name_a_smaller_float_names_float64(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("mode", [nullcontext, torch.inference_mode])
+def test_every_way_to_name_a_smaller_float_names_float64(
+    mode: Callable[[], Any], dtype: torch.dtype
+) -> None:
     x = torch.randn(3, dtype=dtype)
     third = torch.tensor(1 / 3, dtype=torch.float64)
-    with Float64():
+    with mode(), Float64() as oracle:
         made = [
             third.to(dtype),
             third.to("cpu", dtype),
@@ -262,7 +266,7 @@ def test_every_way_to_name_a_smaller_float_names_float64(dtype: torch.dtype) -> 
             nn.Parameter(third.to(dtype)),
         ]
         assert all(torch.equal(t, third) and t.dtype is torch.float64 for t in made)
-        assert x.dtype is torch.float64
+        assert x.dtype is oracle.read(x).dtype is torch.float64
         assert torch.full((), 1j, dtype=torch.complex64).dtype is torch.complex128
         assert (third * 10).to(torch.int32) == 3
     assert x.dtype is dtype
@@ -285,18 +289,27 @@ def test_settings_are_as_before_also_after_an_error() -> None:
 
 def test_autocast_is_off_and_leaves_nothing_behind() -> None:
     linear, x = nn.Linear(8, 8), torch.randn(2, 8)
-    expected = copy.deepcopy(linear).double()(x.double()).detach()
+    expected = x.double() @ linear.weight.detach().double()
+
+    def outer(x: Tensor) -> Tensor:
+        assert not torch.is_autocast_enabled("cpu") or not oracle
+        return torch.cat([torch.mm(x, linear.weight), F.layer_norm(x, (8,))], -1)[..., :8]
 
     def inner(x: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            return torch.cat([linear(x), F.layer_norm(x, (8,))], -1)[..., :8]
+            return torch.cat([torch.mm(x, linear.weight), F.layer_norm(x, (8,))], -1)[..., :8]
 
+    oracle = None
     assert error(in_oracle(inner, x), expected) <= TINY
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        plain = linear(x)
-        assert error(in_oracle(linear, x), expected) <= TINY
+        with Float64() as oracle:
+            assert error(outer(x), expected) <= TINY
+            assert error(inner(x), expected) <= TINY
+        oracle = None
+        plain = outer(x)
         assert error(in_oracle(inner, x), expected) <= TINY
-        assert torch.equal(linear(x), plain)
+        assert torch.equal(outer(x), plain)
+        assert error(plain.double(), expected) > 1e-5
 
 
 @pytest.mark.parametrize("call", [F.rms_norm, torch.rms_norm, torch.ops.aten.rms_norm.default])
@@ -314,7 +327,9 @@ def test_an_eps_that_is_not_given_is_that_of_the_dtype(
         assert error(spelled, call(x.double(), [8], eps=EPS)) == 0.0
 
 
+Q = torch.zeros(1, 1, 128, 16)
 X, Y, EMPTY = torch.randn(4, 4), torch.randn(4, 4), torch.empty(0)
+BITS = X.view(torch.int32)
 MIXTURES: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "add": torch.add,
     "where": lambda a, b: torch.where(a > 0, a, b),
@@ -367,6 +382,7 @@ def writes(x: Tensor, ids: Tensor, buffer: Tensor, wide: Tensor, z: Tensor) -> l
     wide.neg_()
     wide[1:].mul_(x[0, :2])
     torch.add(x[0, :3], 1, out=buffer[:3])
+    torch.inner(x[0], x[1], out=buffer[5])
     wide.copy_(torch.sub(wide, 1, out=wide))
     torch._foreach_add_([x, buffer], 1.0)
     torch.view_as_real(z)[..., 0].mul_(0.3)
@@ -401,6 +417,31 @@ def test_writes_go_to_a_stand_in() -> None:
         assert torch.equal(oracle.read(args[0]), same[0].double())
 
 
+@pytest.mark.parametrize("mode", [nullcontext, torch.inference_mode])
+def test_tensors_made_inside_are_written_to_themselves(mode: Callable[[], Any]) -> None:
+    with mode():
+        outside, ones = torch.zeros(3, dtype=torch.float64), torch.ones(3)
+    with mode(), Float64() as oracle:
+        made = [outside * 1, torch.zeros(3), torch.tensor([0.0] * 3), outside.new_tensor([0.0] * 3)]
+        for t in made:
+            t[1:].add_(1)
+        assert torch.add(ones, 0, out=outside) is outside
+        assert torch.ops.aten.add_.Tensor(outside, made[0]) is outside
+        found = oracle.read([outside, ones])
+    assert [t.dtype for t in found] == [torch.float64] * 2
+    assert [t.tolist() for t in found] == [[1, 2, 2], [1, 1, 1]]
+    assert [t.tolist() for t in made] == [[0, 1, 1]] * 4
+    assert outside.tolist() == [0, 0, 0]
+
+
+def test_empty_tensors_share_nothing() -> None:
+    a, b = torch.empty(0), torch.empty(0, 2, dtype=torch.bool)
+    with Float64() as oracle:
+        a.add_(1)
+        b.logical_not_()
+        assert oracle.read(b.any() | a.isnan().any()).tolist() is False
+
+
 def test_an_outside_tensor_keeps_its_shape() -> None:
     x = torch.randn(3, 4)
     with Float64() as oracle:
@@ -427,6 +468,7 @@ def test_running_statistics_run_inside_only(norm: nn.Module, size: tuple[int, ..
     norm.train()
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention")
 @pytest.mark.parametrize(
     ("program", "words"),
     [
@@ -435,6 +477,8 @@ def test_running_statistics_run_inside_only(norm: nn.Module, size: tuple[int, ..
         (lambda x: x.set_(X), "gives other data or another size"),
         (lambda x: torch.cat([x, x], out=EMPTY), "gives other data or another size"),
         (lambda x: Float64().__enter__(), "they do not nest"),
+        (lambda x: (X.add_(1), BITS + 1), "bits of torch.float32 read as torch.int32"),
+        (lambda x: flex_attention(Q, Q, Q), "flex_attention runs a program"),
     ],
 )
 def test_what_cannot_be_done_is_refused(program: Callable[[Tensor], Any], words: str) -> None:
@@ -552,6 +596,21 @@ def test_a_graph_is_the_model_it_was_captured_from(decompose: bool) -> None:
     assert decompose or any("wrap_with" in str(n.target) for n in graph.graph.nodes)
     assert error(in_oracle(graph, x), in_oracle(module, x)) <= TINY
     assert error(module(x).detach().double(), in_oracle(module, x)) > 1e-5
+
+
+class Branches(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        branches = (lambda x: F.rms_norm(x * 1, (4,))), torch.sin
+        return torch.cond(x.sum() > 0, *branches, (x,))
+
+
+def test_a_branch_is_run_in_float64() -> None:
+    x = 1e-3 * torch.ones(3, 4)
+    graph = torch.export.export(Branches(), (x,)).module()
+    expected = x.double() * (x.double().pow(2).mean(-1, keepdim=True) + EPS).rsqrt()
+    for program in (graph, Branches()):
+        assert error(in_oracle(program, x), expected) <= TINY
+        assert error(in_oracle(program, -x), (-x).double().sin()) <= TINY
 
 
 def test_a_script_is_run_in_float64() -> None:

@@ -7,6 +7,7 @@ import operator
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any as Object
 from typing import TypeVar
 
@@ -316,7 +317,7 @@ def compare_readers(seed: int, seen: Counter[str]) -> None:
         assert expected is None, place
         seen["miss"] += 1
         return
-    env, fitting, rest, views = expected
+    _, fitting, rest, views = expected
     told = {getattr(r, reader.name): dict(r.bindings) for r in result.readers}
     paths = {n: env.pop("path") for n, env in told.items()}
     assert len(result.readers) == len(told), place
@@ -325,7 +326,7 @@ def compare_readers(seed: int, seen: Counter[str]) -> None:
     assert set(result.interior) == set(views), place
     for at, path in paths.items():
         chain = (root, *path, at)
-        assert all(a in operands(b) for a, b in zip(chain, chain[1:], strict=False)), place
+        assert all(a in operands(b) for a, b in pairwise(chain)), place
     seen["match"] += 1
 
 

@@ -91,15 +91,16 @@ def select_call(draw: Draw, shape: list[int]) -> tuple[Any, ...]:
 
 
 def index_call(draw: Draw, shape: list[int]) -> tuple[Any, ...]:
-    """One or two lists of positions, of rank 0 to 2 and of sizes that occur in the shape."""
+    """A mask, or one or two lists of positions, of ranks and sizes that occur in practice."""
     picked: list[Tensor | None] = [None] * len(shape)
+    if draw(st.integers(0, 3)) == 0:
+        first = draw(st.integers(0, len(shape) - 1))
+        held = shape[first : first + draw(st.integers(1, 2))]
+        return ([*picked[:first], torch.ones(held, dtype=torch.bool)],)
     taken = draw(st.lists(st.integers(0, len(shape) - 1), min_size=1, max_size=2, unique=True))
     sizes = draw(st.lists(st.sampled_from(shape), max_size=2))
     for at in taken:
-        if draw(st.integers(0, 3)) == 0 and len(taken) == 1:
-            picked[at] = torch.ones(shape[at], dtype=torch.bool)
-        else:
-            picked[at] = torch.arange(torch.Size(sizes).numel()).reshape(sizes) % shape[at]
+        picked[at] = torch.arange(torch.Size(sizes).numel()).reshape(sizes) % shape[at]
     return (picked,)
 
 
