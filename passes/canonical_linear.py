@@ -20,50 +20,40 @@ import torch
 from torch import fx
 
 from lensfx.analysis import weight_einsum
-from lensfx.graph import dtype_of, is_op, is_weight, same_shape, same_size, shape_of
+from lensfx.graph import argument, dtype_of, is_op, is_weight, same_shape, same_size, shape_of
 from lensfx.rewrite import Any, At, Const, Edit, Match, Maybe, Op, Param, Pass, Rule
 from lensfx.verify import Exact
 
 aten = torch.ops.aten
 
 ONE = Const(value=1)
+RESHAPE = (aten.reshape.default,)
+
+
+def linear_of(x: Any | Op, b: Const | Maybe) -> Op:
+    """A product with a weight that nobody else reads."""
+    args = {"input": x, "weight": Param("W"), "bias": b}
+    return Op("linear", (aten.linear.default,), args, readers=1)
+
+
 ADDMM = Op(
-    "addmm",
+    "old",
     (aten.addmm.default,),
-    {
-        "self": Param("b", axes=1),
-        "mat1": Any("x"),
-        "mat2": Param("V", axes=2),
-        "alpha": Const("alpha"),
-        "beta": Const("beta"),
-    },
+    {"self": Param("b", axes=1), "mat1": Any("x"), "mat2": Param("V", axes=2)},
 )
-MATMUL = Op("product", (aten.matmul.default,), {"self": Any("x"), "other": Param("V", axes=2)})
-MM = Op("product", (aten.mm.default,), {"self": Any("x"), "mat2": Param("V", axes=2)})
-EINSUM = Op("einsum", (aten.einsum.default,))
-BARE = Op(
-    "linear",
-    (aten.linear.default,),
-    {"input": Any("x"), "weight": Param("W"), "bias": Const(value=None)},
-    readers=1,
-)
-BIASED = Op("add", (aten.add.Tensor,), {"self": BARE, "other": Param("b", axes=1), "alpha": ONE})
-WRAPPED = Op(
-    "outer",
-    (aten.reshape.default,),
-    {
-        "self": Op(
-            "linear",
-            (aten.linear.default,),
-            {
-                "input": Op("inner", (aten.reshape.default,), {"self": Any("x")}),
-                "weight": Param("W"),
-                "bias": Maybe(Param("b")),
-            },
-            readers=1,
-        )
-    },
-)
+MATMUL = Op("old", (aten.matmul.default,), {"self": Any("x"), "other": Param("V", axes=2)})
+MM = Op("old", (aten.mm.default,), {"self": Any("x"), "mat2": Param("V", axes=2)})
+EINSUM = Op("old", (aten.einsum.default,))
+BARE = linear_of(Any("x"), Const(value=None))
+BIASED = Op("old", (aten.add.Tensor,), {"self": BARE, "other": Param("b", axes=1), "alpha": ONE})
+INNER = linear_of(Op("inner", RESHAPE, {"self": Any("x")}), Maybe(Param("b")))
+WRAPPED = Op("old", RESHAPE, {"self": INNER})
+
+
+def replace(m: Match, edit: Edit) -> None:
+    at = edit.before(m.old)
+    W = m.bindings.get("W") or transposed(at, m.V)
+    at.replace(m.old, at.call(aten.linear.default, m.x, W, m.bindings.get("b")))
 
 
 def transposed(at: At, V: fx.Node) -> fx.Node:
@@ -73,34 +63,25 @@ def transposed(at: At, V: fx.Node) -> fx.Node:
 def unless_addmm(m: Match) -> str | None:
     if is_weight(m.x):
         return ""
-    if m.alpha != 1:
-        return f"addmm scales its product by alpha={m.alpha}"
-    return None if m.beta == 1 else f"addmm scales its bias by beta={m.beta}"
-
-
-def replace_addmm(m: Match, edit: Edit) -> None:
-    at = edit.before(m.addmm)
-    at.replace(m.addmm, at.call(aten.linear.default, m.x, transposed(at, m.V), m.b))
+    alpha, beta = argument(m.old, "alpha"), argument(m.old, "beta")
+    if alpha != 1:
+        return f"addmm scales its product by alpha={alpha}"
+    return None if beta == 1 else f"addmm scales its bias by beta={beta}"
 
 
 def unless_product(m: Match) -> str | None:
     return "" if is_weight(m.x) else None
 
 
-def replace_product(m: Match, edit: Edit) -> None:
-    at = edit.before(m.product)
-    at.replace(m.product, at.call(aten.linear.default, m.x, transposed(at, m.V)))
-
-
 def unless_einsum(m: Match) -> str | None:
-    plan = weight_einsum(m.einsum)
+    plan = weight_einsum(m.old)
     return plan if isinstance(plan, str) else None
 
 
 def replace_einsum(m: Match, edit: Edit) -> None:
-    plan = weight_einsum(m.einsum)
+    plan = weight_einsum(m.old)
     assert not isinstance(plan, str)
-    at = edit.before(m.einsum)
+    at = edit.before(m.old)
     W = at.call(aten.permute.default, plan.weight, plan.order)  # [out axes, summed axes]
     W = at.call(aten.reshape.default, W, [plan.out, plan.summed])  # [out, d]
     x = plan.x
@@ -109,7 +90,7 @@ def replace_einsum(m: Match, edit: Edit) -> None:
     y = at.call(aten.linear.default, x, W)
     if len(plan.out_shape) > 1:
         y = at.call(aten.unflatten.int, y, -1, list(plan.out_shape))
-    at.replace(m.einsum, y)
+    at.replace(m.old, y)
 
 
 def unless_biased(m: Match) -> str | None:
@@ -117,21 +98,11 @@ def unless_biased(m: Match) -> str | None:
     return None if fits and dtype_of(m.b) == dtype_of(m.W) else ""
 
 
-def replace_biased(m: Match, edit: Edit) -> None:
-    at = edit.before(m.add)
-    at.replace(m.add, at.call(aten.linear.default, m.x, m.W, m.b))
-
-
 def unless_wrapped(m: Match) -> str | None:
-    x, outer = shape_of(m.x) or (), shape_of(m.outer) or ()
+    x, outer = shape_of(m.x) or (), shape_of(m.old) or ()
     whole = same_shape(x[:-1], outer[:-1]) and len(x) > 1
     ends = whole and same_size(x[-1], (shape_of(m.inner) or (0,))[-1])
     return None if ends and same_size(outer[-1], (shape_of(m.linear) or (0,))[-1]) else ""
-
-
-def replace_wrapped(m: Match, edit: Edit) -> None:
-    at = edit.before(m.outer)
-    at.replace(m.outer, at.call(aten.linear.default, m.x, m.W, m.b))
 
 
 @dataclass(frozen=True)
@@ -139,11 +110,11 @@ class CanonicalLinear(Pass):
     """Spell every product with a weight matrix over the last axis as `linear`."""
 
     rules = (
-        Rule(ADDMM, unless_addmm, replace_addmm),
-        Rule(MATMUL, unless_product, replace_product),
-        Rule(MM, unless_product, replace_product),
+        Rule(ADDMM, unless_addmm, replace),
+        Rule(MATMUL, unless_product, replace),
+        Rule(MM, unless_product, replace),
         Rule(EINSUM, unless_einsum, replace_einsum),
-        Rule(WRAPPED, unless_wrapped, replace_wrapped),
-        Rule(BIASED, unless_biased, replace_biased),
+        Rule(WRAPPED, unless_wrapped, replace),
+        Rule(BIASED, unless_biased, replace),
     )
     contract = Exact()

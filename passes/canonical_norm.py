@@ -37,9 +37,11 @@ SHIFTED = Op(
 
 
 def unless_written(m: Match) -> str | None:
+    if is_weight(m.x):
+        return ""
     found = written_norm(m)
-    if isinstance(found, str) or is_weight(m.x):
-        return "" if is_weight(m.x) else found
+    if isinstance(found, str):
+        return found
     if found.gain is not None and dtype_of(found.gain) != dtype_of(found.x):
         return "its scale has another dtype than the value it scales"
     same = dtype_of(m.norm) == dtype_of(found.x)

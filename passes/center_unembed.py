@@ -62,9 +62,9 @@ def site(program: Program, head: Head, output: int | None) -> Match | Miss:
 
 
 def unless(m: Match) -> str | None:
-    made = m.W
-    if made.op == "get_attr" and made.target in m.program.formulas:
-        made = m.program.formulas[made.target].graph.output_node().args[0][0]
+    made, formulas = m.W, m.program.formulas if m.program is not None else {}
+    if made.op == "get_attr" and made.target in formulas:
+        (made,) = formulas[made.target].graph.output_node().all_input_nodes
     return "" if made.meta.get("lensfx", ("",))[0] == CenterUnembed().name else None
 
 

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from lensfx.capture.modes import CallLog, ReadOnlyParameters
 from lensfx.capture.untouched import seeded
 from lensfx.errors import CaptureError, GuardError
+from lensfx.graph.compiled import probe
 from lensfx.graph.guards import Axis, Guards
 from lensfx.graph.ops import writes
 from lensfx.graph.program import Program
@@ -24,7 +25,7 @@ from lensfx.graph.program import Program
 __all__ = ["DisagreementError", "settle_guards"]
 
 Tensors = Sequence[torch.Tensor]
-_DRAWS = 3
+_DRAWS = 1
 _MODEL_FAILS = "the model fails there"
 
 
@@ -135,6 +136,7 @@ class _Trials:
         self.traced = traced
         self.restore = restore
         self._path: list[Any] = []
+        self._graph, self._reads = probe(program.graph, ())
         self._buffers = [name for name, _ in model.named_buffers()]
 
     def agree_at_one(self, guards: Guards, axes: Sequence[Axis]) -> bool:
@@ -215,13 +217,11 @@ class _Trials:
     def _of_graph(
         self, given: list[torch.Tensor], weights: Mapping[str, torch.Tensor] | None
     ) -> list[Any]:
-        flat = self.program.flat
-        if weights is None:
-            return list(flat(*given))
-        drawn = {id(p): weights[name] for name, p in self.model.named_parameters()}
-        tensors = self.program.tensors.items()
-        swapped = {name: drawn[id(t)] for name, t in tensors if id(t) in drawn}
-        return list(functional_call(flat, swapped, tuple(given)))
+        tensors = [self.program.tensors[name] for name in self._reads]
+        if weights is not None:
+            drawn = {id(p): weights[name] for name, p in self.model.named_parameters()}
+            tensors = [drawn.get(id(t), t) for t in tensors]
+        return list(self._graph(None, *given, *tensors))
 
     @contextlib.contextmanager
     def _constants_kept(self) -> Iterator[None]:

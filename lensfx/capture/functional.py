@@ -99,6 +99,7 @@ class _Functionaliser:
         self.memory: dict[int, _Place] = {}
         self.gradless: set[fx.Node] = set()
         self.changed: dict[_Place, None] = {}
+        self.viewed: set[_Place] = set()
         self.replaced: list[fx.Node] = []
         self.spare: list[tuple[fx.Node, _Place]] = []
 
@@ -184,6 +185,7 @@ class _Functionaliser:
         place.origin = place if hidden else parent.origin
         place.whole = parent.whole and place.undo is not _scatter
         self.spare.append((node, place.root))
+        self.viewed.add(place.root)
         return place
 
     def _redirect(self, node: fx.Node) -> None:
@@ -292,6 +294,10 @@ class _Functionaliser:
             given = root.node.op in _STARTS and _same_place(place.val, root.val)
             changes = not _same_place(place.val, node.meta["val"])
             why = "the caller would see the new shape" if given and changes else ""
+            if is_op(node, aten.detach_.default) and place.value not in self.gradless:
+                why = (
+                    "its views would lose their gradient too" if place.root in self.viewed else why
+                )
         elif torch.Tag.inplace_view in getattr(node.target, "tags", ()):
             why = why or "it gives its argument other memory"
         elif form is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ _SHORT_CASTS: dict[Any, torch.dtype] = {
     torch.Tensor.half: torch.float16,
     torch.Tensor.bfloat16: torch.bfloat16,
 }
+_CASTS = frozenset({*_SHORT_CASTS, torch.Tensor.to, torch.Tensor.type_as})
 # What tells a model how a tensor lies in memory, which is no part of a graph.
 LAYOUT_READS = frozenset(
     {
@@ -57,7 +58,9 @@ class FreshCasts(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """The result of `func`, casts made fresh."""
-        kwargs = dict(kwargs or {})
+        kwargs = kwargs or {}
+        if func not in _CASTS:
+            return func(*args, **kwargs)
         if func in _SHORT_CASTS and not kwargs:
             return torch.Tensor.to(args[0], _SHORT_CASTS[func], copy=True)
         if func is torch.Tensor.to and "copy" not in kwargs:
@@ -95,27 +98,34 @@ class SizeBranches:
     `batch * length < 3` is no guard of its, but decides at a batch of 1.
     """
 
+    _KINDS = (torch.SymBool, torch.SymInt, torch.SymFloat)
+
     def __init__(self) -> None:
         self._taken: list[tuple[torch.SymBool, bool]] = []
+        self._plain = {kind: kind.__bool__ for kind in self._KINDS}
 
     def __enter__(self) -> SizeBranches:
-        """Watch every truth value that is asked of a comparison of sizes."""
-        self._plain = plain = torch.SymBool.__bool__
-
-        def watched(condition: torch.SymBool) -> bool:
-            asked_by = sys._getframe(1).f_code.co_filename
-            known = not asked_by.startswith(_TORCH_HOME) and _is_known(condition)
-            outcome = plain(condition)
-            if known:
-                self._taken.append((condition, outcome))
-            return outcome
-
-        torch.SymBool.__bool__ = watched  # type: ignore[method-assign]
+        """Watch every truth value that is asked of a size or of a comparison of sizes."""
+        for kind in self._KINDS:
+            kind.__bool__ = self._watched(self._plain[kind])  # type: ignore[method-assign]
         return self
 
     def __exit__(self, *raised: object) -> None:
         """Stop watching."""
-        torch.SymBool.__bool__ = self._plain  # type: ignore[method-assign]
+        for kind in self._KINDS:
+            kind.__bool__ = self._plain[kind]  # type: ignore[method-assign]
+
+    def _watched(self, plain: Callable[[Any], bool]) -> Callable[[Any], bool]:
+        def truth(value: Any) -> bool:
+            asked_by = sys._getframe(1).f_code.co_filename
+            condition = value if isinstance(value, torch.SymBool) else value != 0
+            known = not asked_by.startswith(_TORCH_HOME) and _is_known(condition)
+            outcome = plain(value)
+            if known:
+                self._taken.append((condition, outcome))
+            return outcome
+
+        return truth
 
     def conditions(self) -> list[str]:
         """The conditions on two sizes or more, as code over torch's symbols.

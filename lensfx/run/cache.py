@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -39,8 +40,12 @@ class ActivationCache(Mapping[str, torch.Tensor]):
     def __init__(self, values: Mapping[str, torch.Tensor], names: Sequence[str]) -> None:
         self._values = dict(values)
         self._names = tuple(names)
+
+    @cached_property
+    def n_layers(self) -> int:
+        """How many blocks the names speak of, kept or not."""
         layers = [int(found[1]) for n in self._names if (found := _LAYER.match(n))]
-        self.n_layers = max(layers, default=-1) + 1
+        return max(layers, default=-1) + 1
 
     def __getitem__(self, key: str | tuple[Any, ...]) -> torch.Tensor:
         """The value of a full name or a shorthand.

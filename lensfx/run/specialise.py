@@ -167,8 +167,9 @@ def divisor(x: torch.Tensor, axes: int, eps: float | None, centred: bool) -> tor
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     over = tuple(range(-axes, 0))
     eps = torch.finfo(x.dtype).eps if eps is None else eps
-    spread = wide.var(over, correction=0, keepdim=True) if centred else wide.pow(2).mean(over, True)
-    return (spread + eps).sqrt().to(x.dtype)
+    # `var` is several times slower than this on a CPU.
+    centre = wide - wide.mean(over, True) if centred else wide
+    return (centre.pow(2).mean(over, True) + eps).sqrt().to(x.dtype)
 
 
 def rescaled(

@@ -150,17 +150,14 @@ def _outputs(
     side: Any, args: tuple[Any, ...], kwargs: dict[str, Any], contract: Any, problem: str
 ) -> list[_Output]:
     exact = isinstance(contract, Observes)
-    program = _program(side)
-    function = side
-    if program is not None and not exact and program.unfolded is not None:
-        function = program.unfolded
     args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         try:
             if exact:
-                out = function(*args, **kwargs)
+                out = side(*args, **kwargs)
             else:
+                function, args, kwargs = _unrounded(side, args, kwargs)
                 with Float64() as oracle:
                     out = oracle.read(function(*args, **kwargs))
         except LensError:
@@ -169,6 +166,23 @@ def _outputs(
             raise LensError(f"{problem}: {type(error).__name__}: {error}") from error
     found = pytree.tree_flatten_with_path(out)[0]
     return [_Output(k, path, leaf) for k, (path, leaf) in enumerate(found)]
+
+
+def _unrounded(
+    side: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    """The side with its weights as expressions, its call bound and its guards checked.
+
+    Under the oracle every dtype reads as float64, which a guard on the dtype would refuse.
+    """
+    program = _program(side)
+    if program is None:
+        return side, args, kwargs
+    program = program.unfolded or program
+    signature, flat = program.signature, program.flat
+    tensors = signature.bind(args, kwargs)
+    program.guards.check(tensors)
+    return lambda *given: signature.unflatten(list(flat(*given))), tuple(tensors), {}
 
 
 def _differences(

@@ -311,6 +311,12 @@ def constant_table(m: Net, x: Tensor) -> Any:
     return m.lin(x) * t, t
 
 
+def cut_in_place(m: Net, x: Tensor) -> Any:
+    h = m.lin(x) * 2
+    h.detach_().mul_(2)
+    return h + m.lin(x)
+
+
 def deep_chain(m: Net, x: Tensor) -> Any:
     h = m.lin(x)
     for _ in range(4):
@@ -339,6 +345,7 @@ MORE = [
     random_writes,
     overwritten,
     constant_table,
+    cut_in_place,
     deep_chain,
     same_shaped_list,
 ]
@@ -410,6 +417,13 @@ def gradient_cut(m: Net, x: Tensor) -> Any:
     return h
 
 
+def viewed_and_cut(m: Net, x: Tensor) -> Any:
+    h = m.lin(x) * 2
+    row = h[0]
+    h.relu_()
+    return h.detach_(), row
+
+
 def broadcast_written(m: Net, x: Tensor) -> Any:
     row = x[0].clone()
     _, wide = torch.broadcast_tensors(x, row)
@@ -461,6 +475,11 @@ REFUSED = {
         "mul_ writes into %detach",
         "%linear is read later and would lose its gradient",
         "mul",
+    ),
+    viewed_and_cut: (
+        "detach_ writes into %mul",
+        "its views would lose their gradient too",
+        "detach",
     ),
     broadcast_written: (
         "add_ writes into %clone",

@@ -257,6 +257,17 @@ def test_the_stream_adds_up(name: str) -> None:
     assert torch.equal(cache["resid_post", 0], cache["resid_pre", 1])
 
 
+@pytest.mark.parametrize("name", ["hf_gpt2", "hf_llama", "nanogpt_targets"])
+def test_folded_norms_divide_the_stream_by_their_scale(name: str) -> None:
+    args, kwargs = CASES[name].inputs(2, 7, 3)
+    _, cache = lens_of(name, "default").run_with_cache(*args, **kwargs)
+    for stream, norm in [(("resid_pre", 0), (0, "ln1")), (("resid_mid", 1), (1, "ln2"))]:
+        x = cache[stream]
+        x = x if "llama" in name else x - x.mean(-1, keepdim=True)
+        torch.testing.assert_close(x / cache[("scale", *norm)], cache[("normalized", *norm)])
+        assert cache[("scale", *norm)].shape == (2, 7, 1)
+
+
 def test_wrap_takes_passes_in_the_forms_that_people_write() -> None:
     model, ids = (
         nn.Sequential(nn.Embedding(5, 4), nn.LayerNorm(4), nn.Linear(4, 5)),
