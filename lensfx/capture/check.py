@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
 from typing import Any
@@ -22,10 +22,11 @@ from lensfx.graph.guards import Axis, Guards
 from lensfx.graph.ops import writes
 from lensfx.graph.program import Program
 
-__all__ = ["DisagreementError", "settle_guards"]
+__all__ = ["DisagreementError", "Traced", "settle_guards"]
 
 Tensors = Sequence[torch.Tensor]
-_DRAWS = 1
+# Sizes of the other axes at which a path of its own is tried; None is the size it was traced at.
+_OTHER_SIZES = (None, 2, 3, 5, 9)
 _MODEL_FAILS = "the model fails there"
 
 
@@ -33,22 +34,30 @@ class DisagreementError(CaptureError):
     """The captured graph does not compute what the model does on the example."""
 
 
-def settle_guards(
-    program: Program, model: nn.Module, traced: Tensors, restore: Callable[[], Any]
-) -> Program:
+@dataclass(frozen=True)
+class Traced:
+    """How a program was traced: its inputs, the branches on sizes that were taken, the way back.
+
+    All dynamic axes of `inputs` are larger than 1; `restore` undoes what a run leaves behind.
+    """
+
+    inputs: tuple[torch.Tensor, ...]
+    branches: Guards
+    restore: Callable[[], Any]
+
+
+def settle_guards(program: Program, model: nn.Module, traced: Traced) -> Program:
     """The program with size 1 allowed on each dynamic axis where the model agrees bitwise.
 
     Torch never traces a dynamic axis of size 1, so code under `if length == 1` is not in the
     graph: each axis is tried at 1 and stays bounded by 2 if the model does something else there.
     Axes that agree only together (the batch of ids and of their mask) are tied by a relation.
-    `traced` are the inputs the graph was traced with, all of whose dynamic axes are larger than 1;
-    `restore` undoes what a run leaves behind.
 
     Raises: CaptureError if the graph and the model differ on the example itself.
     """
-    trials = _Trials(program, model, tuple(traced), restore)
+    trials = _Trials(program, model, traced)
     wide, ties, units = program.guards, [], []
-    for group in _groups(program, traced):
+    for group in _groups(program, traced.inputs):
         tried = _allow_one(wide, group)
         if not trials.agree_at_one(tried, group):
             continue
@@ -128,33 +137,57 @@ def _passes(guards: Guards, tensors: Tensors) -> bool:
 class _Trials:
     """Runs of the model and of the graph side by side, each from the model's original state."""
 
-    def __init__(
-        self, program: Program, model: nn.Module, traced: Tensors, restore: Callable[[], Any]
-    ) -> None:
+    def __init__(self, program: Program, model: nn.Module, traced: Traced) -> None:
         self.program = program
         self.model = model
         self.traced = traced
-        self.restore = restore
         self._path: list[Any] = []
-        self._graph, self._reads = probe(program.graph, ())
+        self._graph, self._reads = probe(program.graph, (), effects=True)
         self._buffers = [name for name, _ in model.named_buffers()]
 
     def agree_at_one(self, guards: Guards, axes: Sequence[Axis]) -> bool:
         """Whether graph and model agree where these axes have size 1.
 
-        If the model takes another path there, that has to hold for other weights and values too:
+        If the model takes another path there, that has to hold for other weights, values, sizes:
         a bias that is skipped cannot be seen while it is zero, nor a mask while it is all ones.
         """
-        symbols = {a.symbol for a in axes}
-        small = list(self.traced)
-        for axis in guards.axes:
-            if axis.symbol in symbols:
-                small[axis.leaf] = small[axis.leaf].narrow(axis.axis, 0, 1)
+        ones = dict.fromkeys((a.symbol for a in axes), 1)
+        small = self._sized(ones)
         if not _passes(guards, small) or self.disagreement(small) is not None:
             return False
-        if self._path == self._traced_path:
+        if self._path == self._traced_path and self.traced.branches.holds(small):
             return True
-        return all(self._agree_when_redrawn(small, seed) for seed in range(_DRAWS))
+        if any(t.is_meta for t in [*small, *self.model.parameters()]):
+            return False
+        return all(self._agree_elsewhere(guards, ones, size) for size in _OTHER_SIZES)
+
+    def _sized(self, sizes: Mapping[str | None, int]) -> list[torch.Tensor]:
+        """The traced inputs cut or repeated to other sizes, given by symbol."""
+        tensors = list(self.traced.inputs)
+        for axis in self.program.guards.dynamic:
+            if axis.symbol in sizes:
+                tensor = tensors[axis.leaf]
+                picked = torch.arange(sizes[axis.symbol], device=tensor.device)
+                picked = picked % tensor.shape[axis.axis]
+                tensors[axis.leaf] = tensor.index_select(axis.axis, picked)
+        return tensors
+
+    def _agree_elsewhere(
+        self, guards: Guards, ones: Mapping[str | None, int], size: int | None
+    ) -> bool:
+        others = [a.symbol for a in guards.dynamic if a.symbol not in ones]
+        tensors = self._sized({**(dict.fromkeys(others, size) if size else {}), **ones})
+        if not _passes(guards, tensors):
+            return True
+        generator = torch.Generator().manual_seed(size or 0)
+        difference = self.disagreement([_redrawn(t, generator) for t in tensors], self._moved)
+        # Redrawn values may be ones that the model rejects.
+        return difference is None or difference.startswith(_MODEL_FAILS)
+
+    @cached_property
+    def _moved(self) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        return {n: _moved(p, generator) for n, p in self.model.named_parameters()}
 
     def disagreement(
         self,
@@ -200,7 +233,7 @@ class _Trials:
                 # A result may be a buffer, which is about to be put back.
                 return [r.clone() if isinstance(r, torch.Tensor) else r for r in results]
             finally:
-                self.restore()
+                self.traced.restore()
 
     def _of_model(
         self, given: list[torch.Tensor], weights: Mapping[str, torch.Tensor] | None
@@ -241,18 +274,8 @@ class _Trials:
 
     @cached_property
     def _traced_path(self) -> list[Any]:
-        self._run(lambda given: self._of_model(given, None), self.traced, False)
+        self._run(lambda given: self._of_model(given, None), self.traced.inputs, False)
         return self._path
-
-    def _agree_when_redrawn(self, tensors: Tensors, seed: int) -> bool:
-        if any(t.is_meta for t in [*tensors, *self.model.parameters()]):
-            return False
-        generator = torch.Generator().manual_seed(seed)
-        weights = {n: _moved(p, generator) for n, p in self.model.named_parameters()}
-        drawn = [_redrawn(t, generator) for t in tensors]
-        difference = self.disagreement(drawn, weights)
-        # Redrawn values may be ones that the model rejects.
-        return difference is None or difference.startswith(_MODEL_FAILS)
 
 
 def _moved(parameter: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

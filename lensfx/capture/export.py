@@ -19,7 +19,7 @@ from torch.export import Dim
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from lensfx.capture.check import DisagreementError, settle_guards
+from lensfx.capture.check import DisagreementError, Traced, settle_guards
 from lensfx.capture.modes import (
     LAYOUT_READS,
     CallLog,
@@ -262,11 +262,13 @@ def _attempt(
         )
     graph, tensors, unread, aliases = normal_form(exported, model, call.leaves, seen.constants)
     full = call.signature
-    guards = _guards(exported, graph, full, branches.conditions())
+    # A condition on one size is the same wherever that size is 1, so a run there tells.
+    guards = _guards(exported, graph, full, branches.conditions(sizes=2))
     guards = replace(guards, contiguous=call.contiguous)
+    path = _guards(exported, graph, full, branches.conditions())
     source = Source(type(model).__name__, call.notes, unread, aliases)
     program = Program(graph, tensors, full, guards, call.example, source)
-    return settle_guards(program, model, widened, restore)
+    return settle_guards(program, model, Traced(widened, path, restore))
 
 
 def _kind(spec: pytree.TreeSpec) -> str:

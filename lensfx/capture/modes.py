@@ -127,15 +127,12 @@ class SizeBranches:
 
         return truth
 
-    def conditions(self) -> list[str]:
-        """The conditions on two sizes or more, as code over torch's symbols.
-
-        One on a single size holds or fails wherever that size is 1, which a run there shows.
-        """
+    def conditions(self, sizes: int = 1) -> list[str]:
+        """The conditions on so many sizes or more, as code over torch's symbols."""
         found = []
         for condition, outcome in self._taken:
             expression = condition.node.expr
-            if len(expression.free_symbols) > 1:
+            if len(expression.free_symbols) >= sizes:
                 code = PythonPrinter().doprint(expression)
                 found.append(code if outcome else f"not ({code})")
         return list(dict.fromkeys(found))

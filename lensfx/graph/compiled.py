@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import fx
 
+from lensfx.graph.ops import is_impure
+
 __all__ = ["closure", "compiled", "probe"]
 
 
@@ -35,16 +37,19 @@ def closure(roots: Sequence[fx.Node]) -> set[fx.Node]:
 
 
 def probe(
-    graph: fx.Graph, names: Sequence[str]
+    graph: fx.Graph, names: Sequence[str], effects: bool = False
 ) -> tuple[Callable[..., tuple[Any, ...]], tuple[str, ...]]:
     """A function `f(None, *inputs, *weights)` that gives the flat outputs, then the named values.
 
-    Returns it with the names of the weights it takes, in order.
+    Returns it with the names of the weights it takes, in order. With `effects` it also writes and
+    draws random numbers as the graph does; without, it does only what its results ask for.
     """
     nodes = list(graph.nodes)
     wanted = {n.name: n for n in nodes}
     results = list(graph.output_node().args[0])  # type: ignore[arg-type]
     roots = [r for r in results if isinstance(r, fx.Node)] + [wanted[n] for n in names]
+    if effects:
+        roots += [n for n in nodes if n.op == "call_function" and is_impure(n)]
     needed = closure(roots)
     new, env = fx.Graph(), {}
     for node in nodes:

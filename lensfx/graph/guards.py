@@ -92,6 +92,10 @@ class Guards:
         if len(self._passed) < 4096:
             self._passed.add(key)
 
+    def holds(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether every relation holds between the sizes of these tensors."""
+        return all(_holds(code, tensors) for code in self._code)
+
     def _check_kinds(self, tensors: Sequence[torch.Tensor]) -> None:
         ranks = {leaf: 0 for leaf in range(len(self.names))}
         for axis in self.axes:

@@ -22,11 +22,15 @@ LARGEST = 8
 
 @dataclass(frozen=True)
 class Scenario:
-    """One way to run a program: its inputs, and its weights by name in float64."""
+    """One way to run a program: its inputs, and its weights by name in float64.
+
+    `dtype` is the model's own, which decides the eps of a norm that names none.
+    """
 
     name: str
     inputs: tuple[torch.Tensor, ...]
     weights: dict[str, torch.Tensor]
+    dtype: torch.dtype | None = None
 
 
 def hard_inputs(program: Program, seed: int = 0) -> list[tuple[torch.Tensor, ...]]:
@@ -128,18 +132,25 @@ def scenarios(program: Program, seed: int = 0) -> Iterator[Scenario]:
     scaled to a thousandth, where eps shows; moved with one channel of them 500 times as large.
     """
     inputs = hard_inputs(program, seed)
+    dtype = model_dtype(program)
     own = {name: _wide(t) for name, t in program.tensors.items()}
     for i, tensors in enumerate(inputs):
-        yield Scenario(f"own weights, call {i}", tensors, own)
+        yield Scenario(f"own weights, call {i}", tensors, own, dtype)
     del own
     moved = _moved(program, seed)
-    yield Scenario("moved weights", inputs[0], moved)
+    yield Scenario("moved weights", inputs[0], moved, dtype)
     tables = _table_names(program)
     if tables:
         tiny = {n: w * 1e-3 if n in tables else w for n, w in moved.items()}
-        yield Scenario("tiny embeddings", inputs[0], tiny)
+        yield Scenario("tiny embeddings", inputs[0], tiny, dtype)
         outlier = {n: _with_outlier(w) if n in tables else w for n, w in moved.items()}
-        yield Scenario("an outlier channel", inputs[0], outlier)
+        yield Scenario("an outlier channel", inputs[0], outlier, dtype)
+
+
+def model_dtype(program: Program) -> torch.dtype | None:
+    """The dtype of the program's first floating tensor; None if it has none."""
+    tensors = [*program.tensors.values(), *program.example]
+    return next((t.dtype for t in tensors if t.is_floating_point()), None)
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:

@@ -95,7 +95,7 @@ class _Probe:
             torch.manual_seed(0)
             if self._exact:
                 return list(self._function(None, *inputs, *values))
-            with Float64() as oracle:
+            with Float64(dtype=scenario.dtype) as oracle:
                 return list(oracle.read(self._function(None, *inputs, *values)))
 
 
@@ -260,7 +260,7 @@ def _folded(program: Program) -> float:
         function, weights = probe(formula.graph, [])
         values = [program.unfolded.tensors[w] for w in weights]
         with Float64() as oracle:
-            exact = oracle.read(function(None, *values))[0]
+            exact = oracle.read(function(None, *values))[0].detach()
         worst = max(worst, _roundings(stored.detach(), exact))
         if worst > 4:
             raise ContractError(

@@ -28,8 +28,6 @@ def randn(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
-# --- planted faults: a norm with three readers, folded right and wrong -------------------------
-
 Weights = dict[str, Tensor]
 
 
@@ -160,9 +158,6 @@ def test_the_first_element_that_differs_is_named() -> None:
     assert found.text("k").startswith(f"k[{shape}]   before {found.reference:.6g}   after ")
 
 
-# --- rows -----------------------------------------------------------------------------------
-
-
 def naive(a: Tensor, b: Tensor) -> float:
     norms = [sum(float(v) ** 2 for v in row) ** 0.5 for row in a.reshape(-1, a.shape[-1])]
     present = sorted(n for n in norms if n)
@@ -261,9 +256,6 @@ def test_a_small_row_is_not_hidden_by_a_large_one() -> None:
     assert rows(a, b).error == pytest.approx(0.01 / 2**0.5)
 
 
-# --- drift ----------------------------------------------------------------------------------
-
-
 def test_drift_is_a_multiple_of_the_noise_of_the_reference() -> None:
     oracle = randn(0, 5, 7)
     noise = 1e-7 * randn(1, 5, 7)
@@ -290,9 +282,6 @@ def test_drift_where_numbers_end() -> None:
     assert drift(torch.zeros(2), torch.ones(2), torch.zeros(2).double()) == inf
     assert drift(torch.empty(0), torch.empty(0), torch.empty(0).double()) == 1.0
     assert drift(torch.arange(3), torch.arange(3), torch.arange(3)) == 1.0
-
-
-# --- contracts ------------------------------------------------------------------------------
 
 
 @given(SEEDS, st.sampled_from([0.0, 1.0, 100.0]), st.integers(0, 2))

@@ -362,7 +362,7 @@ def test_transfer(target: Any, data: st.DataObject) -> None:
 
 def test_every_operator_of_the_table_is_tried_and_answers() -> None:
     for target, family in TABLE.items():
-        found = seeded(target, 40)
+        found = seeded(target, 150)
         assert family.name == "rms norm" or any(not isinstance(o, See) for o in found), target
 
 
@@ -713,6 +713,8 @@ DEAD: dict[str, tuple[bool, Callable[[Tensor], Any]]] = {
     "routing weight": (True, lambda x: (x * X[..., :1].sigmoid()).softmax(-1)),
     "square": (False, lambda x: (x * x).softmax(-1)),
     "a random gate": (False, lambda x: (x * F.dropout(torch.ones(5), 0.5)).softmax(-1)),
+    "a constant gate": (True, lambda x: (x * (torch.ones(5) * 2).exp()[None]).softmax(-1)),
+    "partly constant": (False, lambda x: (x * (torch.ones(5) + torch.arange(5.0))).softmax(-1)),
     "a new axis": (True, lambda x: x.unsqueeze(-1).softmax(-1)),
     "sizes of itself": (True, lambda x: torch.ops.aten.type_as(x, x).softmax(-1)),
     "sum, then broadcast": (True, lambda x: (x.sum(-1, keepdim=True) + X).softmax(-1)),
@@ -772,6 +774,16 @@ def test_readers_of_unknown_make_see(nested: bool) -> None:
     seen = dead(x, {0, 1, 2})
     assert isinstance(seen, Seen)
     assert seen.reason == "no rule for len at %len_1; nothing is assumed"
+
+
+def test_what_nobody_reads_is_dead_unless_it_writes() -> None:
+    for target, kind in ((aten.tanh.default, Proof), (aten.tanh_.default, Seen)):
+        graph = fx.Graph()
+        x = graph.placeholder("x")
+        unread = graph.call_function(target, (x,))
+        x.meta["val"] = unread.meta["val"] = X
+        graph.output(())
+        assert isinstance(dead(x, {2}), kind)
 
 
 def test_recheck_misses_no_step() -> None:

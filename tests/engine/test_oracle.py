@@ -54,9 +54,6 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-# --- the same as a model that is float64 throughout -------------------------------------------
-
-
 class Attention(nn.Module):
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -230,8 +227,6 @@ def test_complex_numbers(function: Callable[[Tensor], Tensor]) -> None:
     assert error(in_oracle(function, x.bfloat16().float()), expected) > 1e-4
 
 
-# --- dtypes and defaults ----------------------------------------------------------------------
-
 SMALL = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -365,9 +360,6 @@ def test_an_outside_tensor_meets_an_inside_one(name: str) -> None:
             assert error(oracle.read(call(a, b)), expected) <= TINY
 
 
-# --- nothing outside changes --------------------------------------------------------------------
-
-
 def writes(x: Tensor, ids: Tensor, buffer: Tensor, wide: Tensor, z: Tensor) -> list[Tensor]:
     assert x.add_(1 / 3) is x
     turned = x.t()
@@ -499,9 +491,6 @@ def test_only_what_is_written_to_is_held() -> None:
         assert len(oracle._memory.stand_ins) == 1
 
 
-# --- overrides ----------------------------------------------------------------------------------
-
-
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -566,9 +555,6 @@ def test_overrides_that_make_no_sense(overrides: Callable[..., Any], words: str)
     with pytest.raises(LensError, match=words), Float64(overrides(t)):
         pass
     assert torch.get_default_dtype() is torch.float32
-
-
-# --- graphs and scripts -------------------------------------------------------------------------
 
 
 class Regions(nn.Module):
