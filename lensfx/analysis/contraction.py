@@ -100,8 +100,8 @@ def _letters(
         if "..." in term:
             dots = max(dots, len(shape_of(operand) or ()) - len(term.replace("...", "")))
     named = [_spread(t, dots) for t in (*terms, right)]
-    for term, operand in zip(named[:2], operands, strict=True):
-        if len(set(term)) != len(term) or len(term) != len(shape_of(operand) or ()):
+    for letters, operand in zip(named[:2], operands, strict=True):
+        if len(set(letters)) != len(letters) or len(letters) != len(shape_of(operand) or ()):
             return None
     return named[0], named[1], named[2]
 

@@ -62,12 +62,12 @@ class FreshCasts(TorchFunctionMode):
         if func not in _CASTS:
             return func(*args, **kwargs)
         if func in _SHORT_CASTS and not kwargs:
-            return torch.Tensor.to(args[0], _SHORT_CASTS[func], copy=True)
+            return args[0].to(_SHORT_CASTS[func], copy=True)
         if func is torch.Tensor.to and "copy" not in kwargs:
             if not any(isinstance(a, bool) for a in args[1:]):
-                return func(*args, **kwargs, copy=True)
+                return args[0].to(*args[1:], **kwargs, copy=True)
         if func is torch.Tensor.type_as:
-            return torch.Tensor.to(args[0], args[1].dtype, copy=True)
+            return args[0].to(args[1].dtype, copy=True)
         return func(*args, **kwargs)
 
 

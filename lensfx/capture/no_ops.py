@@ -117,7 +117,11 @@ _NO_OPS: dict[Any, Callable[[fx.Node], bool]] = {
     aten._to_copy.default: _unchanged,
     aten.type_as.default: _unchanged,
     aten.reshape.default: _unchanged,
+    aten.reshape_as.default: _unchanged,
+    aten.view_as.default: _unchanged,
+    aten.flatten.using_ints: _unchanged,
     aten.expand.default: _unchanged,
     aten.expand_as.default: _unchanged,
+    aten.broadcast_to.default: _unchanged,
     aten.slice.Tensor: _full_slice,
 }

@@ -200,7 +200,8 @@ class _Builder:
         return twin
 
     def _inline(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> list[Any]:
-        kind, args = _region(node), list(node.args)
+        kind = _region(node)
+        args: list[Any] = list(node.args)
         if kind == "autocast" and args[2]:
             raise CaptureError(
                 "the model enters an autocast region",

@@ -240,6 +240,9 @@ class At:
         _same_kind(edit, old, value_of(new))
         told = old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
         _renew_weight_marks(told)
+        if op_name(old) == op_name(new) and not is_hook(new):
+            # The same operator in the same place: users know it by the name it had.
+            new.meta["native"], old.meta["native"] = native_name(old), native_name(new)
         if old in edit._origin:
             edit._origin[new] = edit._origin.pop(old)
         state.touched.pop(old, None)

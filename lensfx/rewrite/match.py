@@ -223,14 +223,7 @@ class _Solver:
             for alternative in pattern.alternatives:
                 yield from self.solve(alternative, value, env, depth, by)
         elif isinstance(pattern, Maybe):
-            if value is None:
-                absent = dict.fromkeys(names_of(pattern.pattern))
-                if all(env.get(name) is None for name in absent):
-                    yield {**absent, **env}
-                else:
-                    self._fail(depth, "it is absent here and present elsewhere", by)
-            else:
-                yield from self.solve(pattern.pattern, value, env, depth, by)
+            yield from self._maybe(pattern, value, env, depth, by)
         elif isinstance(pattern, Through):
             yield from self._through(pattern, value, env, depth, by)
         elif isinstance(pattern, EveryReader):
@@ -243,6 +236,17 @@ class _Solver:
                 yield env
             else:
                 yield from self._bind(pattern.name, value, env, depth, by)
+
+    def _maybe(
+        self, pattern: Maybe, value: typing.Any, env: Env, depth: int, by: fx.Node
+    ) -> Iterator[Env]:
+        absent = dict.fromkeys(names_of(pattern.pattern))
+        if value is not None:
+            yield from self.solve(pattern.pattern, value, env, depth, by)
+        elif all(env.get(name) is None for name in absent):
+            yield {**absent, **env}
+        else:
+            self._fail(depth, "it is absent here and present elsewhere", by)
 
     def _bind(
         self, name: str, value: typing.Any, env: Env, depth: int, by: fx.Node

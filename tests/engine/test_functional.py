@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.nn import functional as F
 
-from lensfx.capture import functional
+from lensfx.capture import inverses
 from lensfx.capture.functional import functionalise
 from lensfx.errors import CaptureError
 from lensfx.graph.ops import writes
@@ -619,8 +619,8 @@ FAULTS = {
 def test_a_wrong_inverse_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     body, name, change = FAULTS[fault]
     agrees(body, (inputs(4, 6, 6),))
-    wrong = faulty(functional._INVERSES[name], change)
-    monkeypatch.setitem(functional._INVERSES, name, wrong)
+    wrong = faulty(inverses.INVERSES[name], change)
+    monkeypatch.setitem(inverses.INVERSES, name, wrong)
     with pytest.raises(AssertionError, match="differ"):
         agrees(body, (inputs(4, 6, 6),))
 

@@ -11,11 +11,11 @@ import torch
 from graphs import Sketch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lensfx.passes import CanonicalLinear
 from torch import fx
 
 from lensfx import ContractError, Lens, Pipeline, Program
 from lensfx.graph import graph_text, is_op, native_name
-from lensfx.passes import CanonicalLinear
 from lensfx.rewrite import Edit, Match, Rule
 from lensfx.verify import check, prove
 
@@ -38,7 +38,10 @@ def sizes(s: Sketch, x: fx.Node) -> list[Any]:
 
 def addmm(s: Sketch, x: fx.Node, name: str = "c", out: int = 6, **scales: float) -> fx.Node:
     d, dtype = int(x.meta["val"].shape[-1]), x.meta["val"].dtype
-    b, V = s.weight(f"{name}.bias", out, dtype=dtype), s.weight(f"{name}.weight", d, out, dtype=dtype)
+    b, V = (
+        s.weight(f"{name}.bias", out, dtype=dtype),
+        s.weight(f"{name}.weight", d, out, dtype=dtype),
+    )
     rows = s.call(aten.reshape.default, x, [-1, d], path=name)
     y = s.call(aten.addmm.default, b, rows, V, path=name, **scales)
     return s.call(aten.reshape.default, y, [*sizes(s, x), out], path=name)
@@ -152,9 +155,7 @@ def test_each_spelling_becomes_linear(case: str) -> None:
 
 
 def test_reshapes_stay_where_they_move_rows() -> None:
-    before = program(
-        lambda s, x: s.call(aten.reshape.default, addmm(s, x), [2, -1, 6]), "B", 4, 8
-    )
+    before = program(lambda s, x: s.call(aten.reshape.default, addmm(s, x), [2, -1, 6]), "B", 4, 8)
     after = canonical(before)
     assert sum(is_op(n, aten.reshape.default) for n in after.graph.nodes) == 1
     assert_equal(before, after)
@@ -199,7 +200,11 @@ def test_the_rewritten_products_are_the_same(data: list[int]) -> None:
 
 
 REFUSED: dict[str, tuple[Feed, str, str]] = {
-    "alpha": (lambda s, x: addmm(s, x, alpha=0.5), "addmm", "addmm scales its product by alpha=0.5"),
+    "alpha": (
+        lambda s, x: addmm(s, x, alpha=0.5),
+        "addmm",
+        "addmm scales its product by alpha=0.5",
+    ),
     "beta": (lambda s, x: addmm(s, x, beta=2), "addmm", "addmm scales its bias by beta=2"),
     "repeated letters": (
         einsum("bdd,de->be", 8, 6),

@@ -12,12 +12,12 @@ import torch
 from graphs import Sketch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lensfx.passes import CanonicalNorm
 from torch import fx
 
 from lensfx import ContractError, Lens, Pipeline, Program
 from lensfx.analysis import Norm
 from lensfx.graph import dtype_of, graph_text, is_op, native_name
-from lensfx.passes import CanonicalNorm
 from lensfx.rewrite import Edit, Match, Rule
 from lensfx.verify import check, prove
 
@@ -130,7 +130,9 @@ def test_the_smallest_graph(golden: Callable[[str, str], None]) -> None:
 def test_a_cast_up_and_back_is_taken_in(golden: Callable[[str, str], None]) -> None:
     def feed(pen: Pen, x: fx.Node) -> fx.Node:
         y = pen.rms(pen("to.dtype", x, torch.float32))
-        return pen("mul.Tensor", pen("to.dtype", y, torch.bfloat16), pen.vector("g", 8, dtype_of(x)))
+        return pen(
+            "mul.Tensor", pen("to.dtype", y, torch.bfloat16), pen.vector("g", 8, dtype_of(x))
+        )
 
     before = program(feed, dtype=torch.bfloat16)
     golden("canonical_norm.cast", graph_text(canonical(before).graph))
@@ -180,9 +182,7 @@ ALSO: dict[str, tuple[Callable[[Pen, fx.Node], fx.Node], str]] = {
         "rms_norm",
     ),
     "one plus the scale": (
-        lambda pen, x: pen(
-            "mul.Tensor", pen.rms(x), pen("add.Tensor", pen.vector("g"), 1.0)
-        ),
+        lambda pen, x: pen("mul.Tensor", pen.rms(x), pen("add.Tensor", pen.vector("g"), 1.0)),
         "rms_norm",
     ),
 }
@@ -215,7 +215,11 @@ def test_the_rewritten_norms_are_the_same(data: list[int]) -> None:
     wide = small is torch.bfloat16 and of(True, False)
     y = pen("to.dtype", x, torch.float32) if wide else x
     kind = of("layer", "rms")
-    y = pen.layer(y, of(0, 1, 2, 3, 4, 5), of(0, 1, 2)) if kind == "layer" else pen.rms(y, of(0, 1, 2))
+    y = (
+        pen.layer(y, of(0, 1, 2, 3, 4, 5), of(0, 1, 2))
+        if kind == "layer"
+        else pen.rms(y, of(0, 1, 2))
+    )
     y = pen("to.dtype", y, small) if wide else y
     g = pen.vector("weight", d, small)
     y = pen("mul.Tensor", *of((y, g), (g, y)))
@@ -252,7 +256,10 @@ def mixed_dtypes(pen: Pen, x: fx.Node) -> fx.Node:
 
 
 REFUSED: dict[str, tuple[Callable[[Pen, fx.Node], fx.Node], str]] = {
-    "eps outside": (lambda pen, x: outside(pen, x, pen.spread(x)), "eps=0.01 is added outside the root"),
+    "eps outside": (
+        lambda pen, x: outside(pen, x, pen.spread(x)),
+        "eps=0.01 is added outside the root",
+    ),
     "eps outside a deviation": (
         lambda pen, x: std(pen, x, 0, 0.01),
         "eps=0.01 is added outside the root",
@@ -334,9 +341,7 @@ NOT_ITS_BUSINESS: dict[str, Callable[[Pen, fx.Node], fx.Node]] = {
     "second moment of what is centred": lambda pen, x: pen.over(
         pen.centred(x), pen.mean(pen.square(x))
     ),
-    "fourth power": lambda pen, x: pen.over(
-        x, pen.mean(pen("pow.Tensor_Scalar", x, 4)), how=1
-    ),
+    "fourth power": lambda pen, x: pen.over(x, pen.mean(pen("pow.Tensor_Scalar", x, 4)), how=1),
     "multiplied by the deviation": lambda pen, x: pen(
         "mul.Tensor", x, pen("sqrt", pen.mean(pen.square(x)))
     ),
@@ -456,5 +461,7 @@ def test_a_second_run_changes_nothing_and_every_node_is_described() -> None:
             assert graph_text(again.graph) == graph_text(after.graph)
             calls = [n for n in after.graph.nodes if n.op == "call_function"]
             assert all(n.meta.get("val") is not None and native_name(n) for n in calls)
-            assert {str(n.target) for n in after.graph.nodes if n.op == "get_attr"} == set(after.tensors)
+            assert {str(n.target) for n in after.graph.nodes if n.op == "get_attr"} == set(
+                after.tensors
+            )
             assert set(after.tensors) == set(before.tensors)

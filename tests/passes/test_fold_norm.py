@@ -12,11 +12,11 @@ import torch
 from graphs import Sketch, every_value, node
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lensfx.passes import FoldNorm
 from torch import fx
 
 from lensfx import ContractError, Lens, Pipeline, PipelineError, Program
 from lensfx.graph import dtype_of, graph_text, native_name
-from lensfx.passes import FoldNorm
 from lensfx.rewrite import At, Edit, Match, Rule
 from lensfx.verify import check, prove
 
@@ -36,7 +36,9 @@ def norm(s: Sketch, x: fx.Node, name: str = "ln", kind: str = "layer", **given: 
     return s.call(aten.layer_norm.default, x, [size], g, b, 1e-5, path=name)
 
 
-def linear(s: Sketch, x: fx.Node, name: str, out: int, bias: bool = True, like: str = "") -> fx.Node:
+def linear(
+    s: Sketch, x: fx.Node, name: str, out: int, bias: bool = True, like: str = ""
+) -> fx.Node:
     size, dtype = int(x.meta["val"].shape[-1]), dtype_of(x)
     W = s.weight(f"{name}.weight", out, size, dtype=dtype, like=like)
     b = s.weight(f"{name}.bias", out, dtype=dtype) if bias else None
@@ -50,7 +52,9 @@ def one(feed: Feed, kind: str = "layer", d: int = 8, dtype: torch.dtype | None =
     return s.done(feed(s, norm(s, x, kind=kind)))
 
 
-def stack(kind: str = "layer", sites: int = 3, d: int = 8, dtype: torch.dtype | None = None) -> Program:
+def stack(
+    kind: str = "layer", sites: int = 3, d: int = 8, dtype: torch.dtype | None = None
+) -> Program:
     """Norms on a stream, each read by a linear with a bias and by one without."""
     s = Sketch()
     x = s.input("x", "B", "T", d, dtype=dtype)
@@ -174,7 +178,10 @@ def test_readers_behind_views_and_casts() -> None:
     before = one(feed, dtype=torch.bfloat16)
     after = folded(before, expect=1)
     assert_equal(before, after)
-    assert {k: t.dtype for k, t in after.tensors.items()} == {"flat": torch.float32, "b": torch.float32}
+    assert {k: t.dtype for k, t in after.tensors.items()} == {
+        "flat": torch.float32,
+        "b": torch.float32,
+    }
 
 
 def test_a_norm_read_by_a_router_and_by_every_expert() -> None:
@@ -434,7 +441,10 @@ def test_a_fault_is_found_at_the_outputs_when_no_site_is_claimed(
 @pytest.mark.parametrize("split", [False, True])
 def test_a_second_run_changes_nothing(split: bool) -> None:
     for before in (stack(), stack("rms")):
-        for run in (Pipeline([FoldNorm(split=split)]).rewrite, Pipeline([FoldNorm(split=split)]).run):
+        for run in (
+            Pipeline([FoldNorm(split=split)]).rewrite,
+            Pipeline([FoldNorm(split=split)]).run,
+        ):
             after = run(before)
             again = run(after)
             assert again.reports[-1].fired == ()
@@ -447,7 +457,9 @@ def test_every_node_is_described_and_every_parameter_is_read() -> None:
         calls = [n for n in after.graph.nodes if n.op == "call_function"]
         assert all(n.meta.get("val") is not None and native_name(n) for n in calls)
         assert len({native_name(n) for n in calls}) == len(calls)
-        assert {str(n.target) for n in after.graph.nodes if n.op == "get_attr"} <= set(after.tensors)
+        assert {str(n.target) for n in after.graph.nodes if n.op == "get_attr"} <= set(
+            after.tensors
+        )
     sources = {s for f in after.formulas.values() for s in f.sources}
     assert set(before.tensors) - set(after.tensors) <= sources
     assert node(after, "layer_norm").meta["nn_module_stack"]
