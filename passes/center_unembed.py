@@ -19,6 +19,7 @@ from typing import ClassVar
 import torch
 
 from lensfx.analysis import Head, Proof, dead, heads
+from lensfx.errors import PipelineError
 from lensfx.graph import Program, argument, same_size, shape_of
 from lensfx.rewrite import Edit, Match, Miss, Pass, Rule, Sites
 from lensfx.verify import UpToLogitShift
@@ -30,8 +31,15 @@ def found_by(output: int | None) -> Rule:
     """The rule for the head of one flat output, or for every head with evidence."""
 
     def find(program: Program) -> Iterator[Match | Miss]:
-        for head in heads(program):
+        count = len(program.signature.outputs)
+        if output is not None and not 0 <= output < count:
+            raise PipelineError(f"there is no output {output}; the model has {count}")
+        found = heads(program)
+        for head in found:
             yield site(program, head, output)
+        if not found:
+            words = "no linear op leads to an output alone, without another computed value"
+            yield Miss(words, program.graph.output_node(), at_site=True)
 
     return Rule(Sites(find), unless, replace)
 

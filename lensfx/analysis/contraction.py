@@ -158,8 +158,11 @@ def keeps_positions_apart(node: fx.Node, lead: Sequence[Any], region: Collection
 def _leading(node: fx.Node, lead: Sequence[Any]) -> int | None:
     """How many axes in front of a value are batch and position: all, or one that merges them."""
     shape = shape_of(node) or ()
-    if same_shape(shape[: len(lead)], lead):
-        return len(lead)
+    for start, size in enumerate(shape):
+        if same_shape(shape[start : start + len(lead)], lead):
+            return start + len(lead)
+        if not same_size(size, 1):
+            break
     return 1 if shape and same_size(shape[0], math.prod(lead)) else None
 
 

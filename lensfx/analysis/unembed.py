@@ -168,25 +168,70 @@ def table_and_ids(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
 def _evidence(
     program: Program, linear: fx.Node, outputs: tuple[int, ...], losses: list[fx.Node]
 ) -> str:
-    rows = (shape_of(argument(linear, "weight")) or (0,))[0]
+    """Why a head gives logits over a vocabulary, in words; empty if nothing shows it.
+
+    That sizes coincide is a hint and no proof: it counts for the main table of ids only, for a
+    result with one row a token, and never where the model gives the result another name.
+    """
+    weight = argument(linear, "weight")
+    rows, width = (shape_of(weight) or (0, 0))[:2]
     if rows == 1:
         return ""
-    named = [program.signature.outputs[k] for k in outputs]
-    if any(name.rpartition(".")[2].strip("'[]") == "logits" for name in named):
-        return "the model calls its output logits"
     if losses:
         return f"a {losses[0].target.overloadpacket.__name__} reads it"  # type: ignore[union-attr]
-    weight = _root(argument(linear, "weight"))
-    for table in token_tables(program):
-        found = table_and_ids(table)
-        stored = _root(found[0]) if found is not None else None
-        if stored is None:
-            continue
-        if weight is not None and _tensor(program, stored) is _tensor(program, weight):
-            return f"its weight is tied to {stored.target}"
-        if (shape_of(stored) or (0,))[0] == rows:
-            return f"it has one row for each row of {stored.target}"
+    stored = _root(weight)
+    tables = list(_main_tables(program))
+    for table, _ in tables:
+        if stored is not None and _tensor(program, stored) is _tensor(program, table):
+            return f"its weight is tied to {table.target}"
+    names = [_last_key(program.signature.outputs[k]) for k in outputs]
+    called = any("logit" in name for name in names)
+    if any(name and "logit" not in name for name in names):
+        return ""
+    rank = len(shape_of(linear) or ())
+    for table, ids in tables:
+        by_token = rank == len(shape_of(ids) or ()) + 1 and rows != width
+        if (shape_of(table) or (0,))[0] == rows and (called or by_token):
+            words = "the model calls it logits, and " if called else ""
+            return f"{words}it has one row for each row of {table.target}"
     return ""
+
+
+def _last_key(name: str) -> str:
+    """The word that the model calls an output by; empty for a place in a tuple or a bare tensor."""
+    key = name.rpartition("[")[2].rpartition(".")[2].strip("'[]")
+    return "" if key == "output" or key.isdigit() else key.lower()
+
+
+def _main_tables(program: Program) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Each stored table of token ids with its ids, save those added to a larger one (segments)."""
+    found: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
+    for lookup in token_tables(program):
+        pair = table_and_ids(lookup)
+        root = _root(pair[0]) if pair is not None else None
+        if pair is not None and root is not None:
+            found[lookup] = (root, pair[1])
+    for lookup, (table, ids) in found.items():
+        rows = (shape_of(table) or (0,))[0]
+        partners = [p for p in _added_to(lookup) if p in found and p is not lookup]
+        if all((shape_of(found[p][0]) or (0,))[0] <= rows for p in partners):
+            yield table, ids
+
+
+def _added_to(lookup: fx.Node) -> Iterator[fx.Node]:
+    """The values that a lookup is summed with, directly or through other sums and scales."""
+    up, seen = [lookup], set()
+    while up:
+        node = up.pop()
+        for reader in readers(node):
+            scale = is_op(reader, aten.mul.Tensor) and len(data_inputs(reader)) == 1
+            if reader in seen or not (is_op(reader, aten.add.Tensor) or scale):
+                continue
+            seen.add(reader)
+            up.append(reader)
+            yield from data_inputs(reader)
+            for other in data_inputs(reader):
+                yield from data_inputs(other)
 
 
 def _root(node: fx.Node) -> fx.Node | None:

@@ -36,6 +36,7 @@ class Report:
     operators: int
     parameters: int = 0
     folded: tuple[str, ...] = field(default=())
+    outputs: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, program: Program, equivalence: Equivalence | None = None) -> Report:
@@ -53,6 +54,7 @@ class Report:
             sum(not is_hook(n) for n in calls),
             sum(p.numel() for p in program.parameters()),
             tuple(program.formulas),
+            program.signature.outputs,
         )
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -134,7 +136,17 @@ class Report:
         if self.folded:
             rounding = f"{len(self.folded)} parameters, within {proved.folded:.1f} roundings"
             table.add_row("folded", rounding)
+        for shifted in self._shifts():
+            table.add_row(*_cells("moved", shifted))
         return table
+
+    def _shifts(self) -> Iterator[str]:
+        """What was allowed to move, and what shows that nothing sees it."""
+        for report in self.passes.values():
+            for entry in report.fired:
+                if entry.shifted:
+                    names = ", ".join(self.outputs[k] for k in entry.shifted)
+                    yield f"{names} by one number a row, as logits may: {entry.note}"
 
 
 def _cells(*texts: str) -> Iterator[Text]:

@@ -70,7 +70,7 @@ class Pipeline:
             problem = f"{entry.name} fired nowhere"
         else:
             return
-        places = [str(r) for r in report.refused[:3]] or ["no site was found"]
+        places = [str(r) for r in (*report.refused[:3], *report.fired[:3])] or ["no site was found"]
         raise PipelineError(problem, at=places, hint="look at program.reports for every refusal")
 
     def __repr__(self) -> str:

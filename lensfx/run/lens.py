@@ -20,7 +20,8 @@ from lensfx.run.cache import ActivationCache
 from lensfx.run.hooks import HookFunction, HookPoint
 from lensfx.run.module import as_module
 from lensfx.run.names import NameFilter, Names
-from lensfx.run.registry import Registry
+from lensfx.run.registry import Registry, pairs
+from lensfx.run.sources import FoldedSources
 from lensfx.run.specialise import Request, Specialiser
 
 __all__ = ["Lens"]
@@ -40,6 +41,7 @@ class Lens:
         self._names = Names(program)
         self._runs = Specialiser(program, self._names)
         self._hooks = Registry(self._names)
+        self._sources = FoldedSources(program)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the model returns on this call, of the same type, under the hooks now attached.
@@ -116,8 +118,8 @@ class Lens:
         clear_contexts: bool = False,
     ) -> Iterator[Lens]:
         """Attach hooks inside a `with` block; blocks can be nested."""
-        entries = [self._hooks.check(n, f, "fwd") for n, f in fwd_hooks]
-        entries += [self._hooks.check(n, f, "bwd") for n, f in bwd_hooks]
+        entries = [self._hooks.check(n, f, "fwd") for n, f in pairs(fwd_hooks)]
+        entries += [self._hooks.check(n, f, "bwd") for n, f in pairs(bwd_hooks)]
         for entry in entries:
             self._hooks.add(entry)
         try:
@@ -202,6 +204,7 @@ class Lens:
     ) -> tuple[Any, tuple[torch.Tensor, ...]]:
         tensors = self.program.signature.bind(args, kwargs)
         self.program.guards.check(tensors)
+        self._sources.warn_if_changed()
         active = self._hooks.active(grads or {})
         edited = frozenset(active.forward) | frozenset(active.backward) | frozenset(active.collect)
         if stop is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from lensfx.errors import HookError
 from lensfx.run.hooks import Active, HookFunction, HookPoint
 from lensfx.run.names import NameFilter, Names
 
-__all__ = ["Attached", "Registry"]
+__all__ = ["Attached", "Registry", "pairs"]
 
 DIRECTIONS = ("fwd", "bwd")
 
@@ -24,6 +25,32 @@ class Attached:
     direction: str
     permanent: bool
     by_name: bool
+
+
+def pairs(hooks: Any) -> list[tuple[NameFilter, Any]]:
+    """The entries of a list of hooks, each a name and a function.
+
+    Raises: HookError for anything that is no list of pairs.
+    """
+    entries = list(hooks) if isinstance(hooks, (list, tuple)) else [hooks]
+    for entry in entries:
+        if not isinstance(entry, (list, tuple)) or len(entry) != 2:
+            raise HookError(
+                f"{entry!r} is no pair of a name and a function",
+                hint="fwd_hooks=[(name, fn), ...]",
+            )
+    return [(name, fn) for name, fn in entries]
+
+
+def _takes_two(fn: Any) -> bool:
+    try:
+        inspect.signature(fn).bind(None, None)
+    except TypeError:
+        return False
+    except ValueError:
+        # Some built-in functions do not say what they take.
+        return True
+    return True
 
 
 class Registry:
@@ -50,6 +77,11 @@ class Registry:
             raise HookError(
                 f"a hook is a function of (value, hook), not {type(fn).__name__}",
                 hint="pass lambda value, hook: ...",
+            )
+        if not _takes_two(fn):
+            raise HookError(
+                f"the hook for {name} takes other arguments than (value, hook)",
+                hint="def hook(value, hook): ...",
             )
         if direction not in DIRECTIONS:
             raise HookError(f"dir={direction!r} is no direction", hint="dir='fwd' or dir='bwd'")

@@ -43,7 +43,9 @@ def wrap(
     `passes="default"` brings the graph to canonical form, folds norms and centres the
     unembedding; `None` only inserts hook points, so every value is bitwise the model's; a tuple
     runs exactly those passes, then inserts hook points. `verify=False` skips the proof. The model
-    is left as it was, and the lens reads its very parameters where no pass changed them.
+    is left as it was. The lens reads its very parameters where no pass changed them; a folded
+    weight is a new parameter of the lens, so gradients and later changes of the original do not
+    meet it.
 
     Raises: CaptureError, PipelineError, and ContractError if a pass breaks its contract.
     """

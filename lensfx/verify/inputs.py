@@ -84,7 +84,7 @@ def _values(
         return (noise * (scale or 1.0)).to(example.dtype)
     if rows is not None:
         ids = torch.randint(0, rows, list(shape), generator=generator).to(example.dtype)
-        if ids.ndim > 1 and ids.shape[0] > 1:
+        if ids.ndim > 1 and ids.shape[0] > 1 and ids.numel():
             ids[-1] = ids[-1, 0]
         return ids
     resized = example

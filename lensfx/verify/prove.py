@@ -181,8 +181,9 @@ def _allowed(base: Program, before: Stage, scenario: Scenario, finding: _Finding
     def nudged(weight: torch.Tensor) -> torch.Tensor:
         if not weight.is_floating_point():
             return weight
-        sign = torch.randint(0, 2, weight.shape, generator=generator) * 2 - 1
-        return weight * (1 + sign * torch.finfo(torch.float64).eps)
+        # In the weight's own dtype: whole numbers times a float would round the nudge away.
+        sign = torch.randint(0, 2, weight.shape, generator=generator).to(weight.dtype) * 2 - 1
+        return weight * (1 + sign * torch.finfo(weight.dtype).eps)
 
     moved = replace(scenario, weights={k: nudged(w) for k, w in scenario.weights.items()})
     names: list[str] = []

@@ -112,6 +112,16 @@ BRANCHES: dict[str, tuple[Body, Inputs, Callable[[int, int], bool]]] = {
         one,
         lambda b, t: b == 2,
     ),
+    "a product that is never small": (
+        lambda m, x: x * 2 if x.shape[0] * x.shape[1] < 3 else x * 3,
+        one,
+        lambda b, t: b * t >= 3 and t > 1,
+    ),
+    "a product of other sizes than it": (
+        lambda m, x: x * 2 if x.shape[0] * x.shape[1] - 3 else x * 3,
+        one,
+        lambda b, t: b * t != 3,
+    ),
     "length as a Python int": (lambda m, x: x * len(x), one, lambda b, t: b == 2),
     "a limit": (
         lambda m, x: m.embed.weight[: x.shape[1]].t() @ x.t() if x.shape[1] <= 8 else x,
@@ -217,6 +227,13 @@ def test_three_axes_two_of_which_may_not_be_one_together() -> None:
                 program(noise(*shape))
         else:
             assert agree(program(noise(*shape)), noise(*shape) * 3)
+
+
+def test_a_path_of_its_own_at_size_one_may_branch_further() -> None:
+    """At batch 1 the code asks about a size that it does not ask about elsewhere."""
+    model = Net(lambda m, x: x * 2 if x.shape[0] >= 2 or x.shape[1] // 2 == 2 else x * 3)
+    program = capture(model, noise(2, 5))
+    assert answers(model, program, one, SIZES) == {(b, t) for b, t in SIZES if b > 1}
 
 
 def test_a_size_fixed_by_the_code_is_reported() -> None:

@@ -85,12 +85,6 @@ def two(*tails: Tail) -> Tail:
     return lambda s, y: (y, *(tail(s, y) for tail in tails))
 
 
-def loss(s: Sketch, y: fx.Node) -> fx.Node:
-    targets = s.input("targets", "N", dtype=torch.int64)
-    rows = s.call(aten.reshape.default, y, [-1, VOCAB])
-    return s.call(aten.cross_entropy_loss.default, rows, targets)
-
-
 def softmax(s: Sketch, y: fx.Node, axis: int = -1) -> fx.Node:
     return s.call(aten.softmax.int, y, axis)
 
