@@ -46,12 +46,10 @@ class Comparison:
         """
         if self.equivalent:
             return
-        index = ", ".join(map(str, self.difference.index))
         raise ContractError(
             f"not equivalent under {self.contract.name}: {self.output} differs by {self.error:.1e} "
             f"relative (bound {self.contract.bound:.0e})",
-            at=f"call {self.call}, {self.output}[{index}]: {self.difference.reference:.6g} became "
-            f"{self.difference.candidate:.6g}",
+            at=f"call {self.call}, {self.difference.text(self.output)}",
             hint="compare intermediate values with run_with_cache on both",
         )
 

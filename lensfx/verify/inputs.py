@@ -46,15 +46,21 @@ def hard_inputs(program: Program, seed: int = 0) -> list[tuple[torch.Tensor, ...
 
 
 def _sizes(program: Program) -> Iterator[dict[str, int]]:
-    """Sizes by symbol: as in the example but small, and with each symbol at 1."""
+    """Sizes by symbol: as in the example but small, and with single symbols and axes at 1."""
     base: dict[str, int] = {}
+    # Inputs that belong together, ids and their mask, have symbols of their own: only all of
+    # one axis can be 1.
+    groups: dict[object, set[str]] = {}
     for axis in program.guards.dynamic:
         size = program.example[axis.leaf].shape[axis.axis]
         wide = max(size, axis.low, 2 + axis.axis * 3)
-        base.setdefault(str(axis.symbol), max(min(wide, LARGEST, axis.high), axis.low))
+        symbol = str(axis.symbol)
+        base.setdefault(symbol, max(min(wide, LARGEST, axis.high), axis.low))
+        groups.setdefault(symbol, set()).add(symbol)
+        groups.setdefault(axis.axis, set()).add(symbol)
     yield base
-    for symbol in base:
-        yield {**base, symbol: 1}
+    for group in dict.fromkeys(map(frozenset, groups.values())):
+        yield {**base, **dict.fromkeys(group, 1)}
     # The example's own sizes come last: relations between sizes hold there for sure.
     yield {str(a.symbol): program.example[a.leaf].shape[a.axis] for a in program.guards.dynamic}
 

@@ -24,8 +24,9 @@ def model(tail: Tail = lambda s, y: y, rows: int = VOCAB, **given: Any) -> Progr
     """Tokens, a table, a layer and a head, and what is made of its result."""
     s = Sketch()
     ids = s.input("ids", "B", "T", dtype=torch.int64)
-    x = s.call(aten.embedding.default, s.weight("embed", VOCAB, WIDTH), ids)
+    x = s.call(aten.embedding.default, s.weight("embed", given.get("vocab", VOCAB), WIDTH), ids)
     x = s.call(aten.tanh.default, s.call(aten.linear.default, x, s.weight("mid", WIDTH, WIDTH)))
+    x = given.get("before", lambda s, x: x)(s, x)
     W = s.weight("head", rows, WIDTH, like=given.get("like", ""))
     found = tail(s, s.call(aten.linear.default, x, W))
     return s.done(*(found if isinstance(found, tuple) else (found,)))
@@ -66,16 +67,37 @@ def test_what_is_evidence() -> None:
     assert evidence(model(on_last("log_softmax.int", -1), 5)) == "a log_softmax reads it"
     assert evidence(model(cross_entropy, 5)) == "a cross_entropy_loss reads it"
     assert evidence(model(likelihood, 5)) == "a log_softmax reads it"
-    for name in ("logits", "['logits']", "out.logits", "0['logits']"):
-        assert evidence(named(model(rows=5), name)) == "the model calls its output logits", name
+    words = "the model calls it logits, and it has one row for each row of embed"
+    for name in ("logits", "['logits']", "out.logits", "0['lm_logits']"):
+        assert evidence(named(model(), name)) == words, name
 
 
 def test_what_is_none() -> None:
     assert evidence(model(rows=5)) == ""
-    assert evidence(named(model(rows=5), "start_logits")) == ""
+    assert evidence(named(model(rows=5), "logits")) == ""
+    assert evidence(named(model(), "last_hidden_state")) == ""
     # A single number is no distribution, whatever it is called.
-    assert evidence(named(model(rows=1), "logits")) == ""
+    assert evidence(named(model(rows=1, vocab=1), "logits")) == ""
     assert evidence(model(on_last("softmax.int", -1), 1)) == ""
+
+
+def test_equal_sizes_are_no_evidence_where_they_may_coincide() -> None:
+    square = model(rows=WIDTH, vocab=WIDTH)
+    assert evidence(square) == ""
+    assert evidence(named(square, "logits")).startswith("the model calls it logits")
+    assert evidence(model(rows=WIDTH, vocab=WIDTH, like="embed")) == "its weight is tied to embed"
+    pooled = model(before=lambda s, x: s.call(aten.mean.dim, x, [1]))
+    assert evidence(pooled) == ""
+
+
+def test_a_table_of_segments_is_not_the_vocabulary() -> None:
+    s = Sketch()
+    given = [s.input(name, "B", "T", dtype=torch.int64) for name in ("kinds", "ids")]
+    tables = [s.weight("kinds.weight", 5, WIDTH), s.weight("words.weight", VOCAB, WIDTH)]
+    looked_up = [s.call(aten.embedding.default, *p) for p in zip(tables, given, strict=True)]
+    x = s.call(aten.add.Tensor, *looked_up)
+    program = s.done(s.call(aten.linear.default, x, s.weight("head", 5, WIDTH)))
+    assert evidence(program) == ""
 
 
 def test_a_tie_is_seen_through_a_transposition_and_a_cast() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -149,7 +150,7 @@ def test_centring_keeps_its_contract(data: list[int]) -> None:
     x = stream(s, vocab, width, dtype=dtype, sizes=(of("B", 1, 2), of("T", 1, 3)))
     y = head(s, x, vocab, of(True, False), of(True, False))
     before = s.done(*of((y,), (y, softmax(s, y)), (s.call(aten.transpose.int, y, 0, 1),)))
-    assert_shifted(before, centred(before, expect=1), 0)
+    assert_shifted(before, centred(before, output=0, expect=1), 0)
 
 
 def test_a_tied_head_unties_and_leaves_the_table_alone() -> None:
@@ -247,10 +248,10 @@ REFUSED: dict[str, tuple[Program, str, str, dict[str, Any]]] = {
     "reward": (model(rows=1), "linear_1", ONE_ROW, {}),
     "reward by name": (model(rows=1), "linear_1", ONE_ROW, {"output": 0}),
     "another name": (
-        model(),
+        model(lambda s, y: (y, s.weight("other", 3))),
         "linear_1",
-        "it does not lead to output 3, which was named",
-        {"output": 3},
+        "it does not lead to output 1, which was named",
+        {"output": 1},
     ),
 }
 
@@ -264,6 +265,11 @@ def test_refusals_name_who_would_see_it(case: str) -> None:
     assert graph_text(after.graph) == graph_text(before.graph)
     with pytest.raises(PipelineError, match="center-unembed fired 0 times, 1 expected"):
         centred(before, expect=1, **options)
+
+
+def test_an_output_that_is_not_there_is_an_error() -> None:
+    with pytest.raises(PipelineError, match="there is no output 3; the model has 1"):
+        centred(model(), output=3)
 
 
 # faults
@@ -321,7 +327,10 @@ def heads(vocab: int, normed: bool = False) -> Program:
     for i in range(3):
         W, b = s.weight(f"{i}.weight", vocab, WIDTH), s.weight(f"{i}.bias", vocab)
         found.append(s.call(aten.linear.default, x, W, b, path=f"heads.{i}"))
-    return s.done(*found)
+    program = s.done(*found)
+    # Where the vocabulary is as large as the width, sizes alone are no evidence.
+    names = tuple(f"logits_{i}" for i in range(3))
+    return replace(program, signature=replace(program.signature, outputs=names))
 
 
 def assert_blamed(after: Program, path: str) -> None:
