@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "report": {"report", "graph", "rewrite", "analysis", "verify", "errors"},
     "run": {"run", *LAYERS, "errors"},
 }
-PUBLIC = {"lensfx.errors", f"lensfx.{layer}" for layer in ("graph", "rewrite", "analysis", "verify")}
+PUBLIC = {f"lensfx.{part}" for part in ("errors", "graph", "rewrite", "analysis", "verify")}
 ARCHITECTURES = re.compile(
     r"gpt|llama|bert|gemma|mistral|qwen|(?<![a-z])t5|falcon|mixtral|nanogpt", re.IGNORECASE
 )

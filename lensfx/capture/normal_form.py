@@ -19,7 +19,7 @@ from torch.export.graph_signature import InputKind
 from lensfx.capture.functional import functionalise
 from lensfx.capture.no_ops import drop_no_ops
 from lensfx.errors import CaptureError
-from lensfx.graph.names import free_name, name_nodes
+from lensfx.graph.names import name_nodes
 from lensfx.graph.node import argument, is_op, memory_of, module_path, op_name, source_line, where
 from lensfx.graph.ops import constructs, is_impure, writes
 from lensfx.graph.program import remove_dead
@@ -133,8 +133,7 @@ class _Builder:
         if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
             return own, self._own[own]
         if spec.kind is InputKind.CONSTANT_TENSOR:
-            # Torch invents names without looking at those that a part of the model has.
-            return free_name(own, dict.fromkeys(self._own, 0)), self.exported.constants[target]
+            return own, self.exported.constants[target]
         raise CaptureError(
             f"the model holds {target}, a {spec.kind.name.lower().replace('_', ' ')}",
             hint="keep state in tensors; lensfx reads parameters, buffers and constant tensors",

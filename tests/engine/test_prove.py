@@ -295,6 +295,17 @@ def test_hard_inputs_are_small_and_go_down_to_one() -> None:
     assert not torch.equal(calls[0], hard_inputs(program, 1)[0][0])
 
 
+def test_inputs_that_belong_together_go_down_to_one_together() -> None:
+    s = Sketch()
+    ids, mask = (s.input(name, "B", "T", dtype=torch.int64) for name in ("ids", "mask"))
+    x = s.call(aten.embedding.default, s.weight("W", 11, 8), ids)
+    program = s.done(s.call(aten.mul.Tensor, x, s.call(aten.unsqueeze.default, mask, -1)))
+    tied = [f"t[0].shape[{i}] == t[1].shape[{i}]" for i in range(2)]
+    program = replace(program, guards=program.guards.with_relations(tied))
+    shapes = [{tuple(t.shape) for t in call} for call in hard_inputs(program)]
+    assert shapes == [{(3, 5)}, {(1, 5)}, {(3, 1)}, {(3, 5)}]
+
+
 def test_ids_that_are_computed_from_an_input_are_taken_from_the_example() -> None:
     program = lookup(shift=6)
     for (ids,) in hard_inputs(program):

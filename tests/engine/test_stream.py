@@ -29,7 +29,7 @@ class Plan(Sketch):
         self.ids = self.input("ids", *(lead or ("B", "T")), dtype=torch.int64)
         self.count = 0
 
-    def op(self, name: str, *args: Any, **kwargs: Any) -> fx.Node:
+    def __call__(self, name: str, *args: Any, **kwargs: Any) -> fx.Node:
         packet, _, overload = name.partition(".")
         return self.call(getattr(getattr(aten, packet), overload or "default"), *args, **kwargs)
 
@@ -39,39 +39,39 @@ class Plan(Sketch):
 
     def size(self, axis: int) -> Any:
         n = self.ids.meta["val"].shape[axis]
-        return n if isinstance(n, int) else self.op("sym_size.int", self.ids, axis)
+        return n if isinstance(n, int) else self("sym_size.int", self.ids, axis)
 
     def embed(self) -> fx.Node:
-        return self.op("embedding", self.fresh(VOCAB, WIDTH), self.ids)
+        return self("embedding", self.fresh(VOCAB, WIDTH), self.ids)
 
     def places(self) -> fx.Node:
-        return self.op("slice.Tensor", self.fresh(16, WIDTH), 0, 0, self.size(1))
+        return self("slice.Tensor", self.fresh(16, WIDTH), 0, 0, self.size(1))
 
     def norm(self, x: fx.Node) -> fx.Node:
-        return self.op("layer_norm", x, [WIDTH])
+        return self("layer_norm", x, [WIDTH])
 
     def linear(self, x: fx.Node, out: int = WIDTH) -> fx.Node:
-        return self.op("linear", x, self.fresh(out, int(x.meta["val"].shape[-1])))
+        return self("linear", x, self.fresh(out, int(x.meta["val"].shape[-1])))
 
     def heads(self, x: fx.Node) -> fx.Node:
-        apart = self.op("unflatten.int", self.linear(x), -1, [HEADS, WIDTH // HEADS])
-        return self.op("transpose.int", apart, 1, 2)
+        apart = self("unflatten.int", self.linear(x), -1, [HEADS, WIDTH // HEADS])
+        return self("transpose.int", apart, 1, 2)
 
     def joined(self, z: fx.Node) -> fx.Node:
-        return self.linear(self.op("flatten.using_ints", self.op("transpose.int", z, 1, 2), 2))
+        return self.linear(self("flatten.using_ints", self("transpose.int", z, 1, 2), 2))
 
     def attend(self, h: fx.Node) -> fx.Node:
         q, k, v = self.heads(h), self.heads(h), self.heads(h)
-        return self.joined(self.op("scaled_dot_product_attention", q, k, v, None, 0.0, True))
+        return self.joined(self("scaled_dot_product_attention", q, k, v, None, 0.0, True))
 
     def attn(self, x: fx.Node) -> fx.Node:
         return self.attend(self.norm(x))
 
     def mlp(self, x: fx.Node) -> fx.Node:
-        return self.linear(self.op("relu", self.linear(self.norm(x), 12)))
+        return self.linear(self("relu", self.linear(self.norm(x), 12)))
 
     def add(self, a: fx.Node, b: fx.Node, **alpha: int) -> fx.Node:
-        return self.op("add.Tensor", a, b, **alpha)
+        return self("add.Tensor", a, b, **alpha)
 
     def finish(self, x: fx.Node) -> Program:
         return self.done(self.linear(self.norm(x), VOCAB))
@@ -152,27 +152,25 @@ FOUND: dict[str, tuple[Part, list[str]]] = {
         ["attn | mlp"] * 2,
     ),
     "scaled branches": (
-        lambda p, x: p.add(x, p.op("mul.Tensor", p.attn(x), p.fresh(WIDTH))),
+        lambda p, x: p.add(x, p("mul.Tensor", p.attn(x), p.fresh(WIDTH))),
         ["attn"] * 2,
     ),
     "norm behind as well": (lambda p, x: p.add(x, p.norm(p.attn(x))), ["attn"] * 2),
     "casts between": (
-        lambda p, x: plain(p, p.op("to.dtype", p.op("to.dtype", x, torch.float64), torch.float32)),
+        lambda p, x: plain(p, p("to.dtype", p("to.dtype", x, torch.float64), torch.float32)),
         ["attn mlp"] * 2,
     ),
     "views between": (
         lambda p, x: plain(
             p,
-            p.op("reshape", p.op("reshape", x, [-1, WIDTH]), [p.size(0), p.size(1), WIDTH]),
+            p("reshape", p("reshape", x, [-1, WIDTH]), [p.size(0), p.size(1), WIDTH]),
         ),
         ["attn mlp"] * 2,
     ),
     "gated mlp": (
         lambda p, x: p.add(
             x,
-            p.linear(
-                p.op("mul.Tensor", p.op("silu", p.linear(h := p.norm(x), 12)), p.linear(h, 12))
-            ),
+            p.linear(p("mul.Tensor", p("silu", p.linear(h := p.norm(x), 12)), p.linear(h, 12))),
         ),
         ["mlp"] * 2,
     ),
@@ -180,10 +178,10 @@ FOUND: dict[str, tuple[Part, list[str]]] = {
         lambda p, x: p.add(
             x,
             p.linear(
-                p.op(
+                p(
                     "mul.Tensor",
-                    p.op("slice.Tensor", h := p.linear(p.norm(x), 12), 2, 0, 6),
-                    p.op("slice.Tensor", h, 2, 6, 12),
+                    p("slice.Tensor", h := p.linear(p.norm(x), 12), 2, 0, 6),
+                    p("slice.Tensor", h, 2, 6, 12),
                 )
             ),
         ),
@@ -192,9 +190,9 @@ FOUND: dict[str, tuple[Part, list[str]]] = {
     "rows and back": (
         lambda p, x: p.add(
             x,
-            p.op(
+            p(
                 "reshape",
-                p.linear(p.op("reshape", p.norm(x), [-1, WIDTH])),
+                p.linear(p("reshape", p.norm(x), [-1, WIDTH])),
                 [p.size(0), p.size(1), WIDTH],
             ),
         ),
@@ -213,19 +211,19 @@ def test_streams_that_are_found(case: str) -> None:
 
 
 def experts(p: Plan, h: fx.Node) -> tuple[fx.Node, fx.Node]:
-    gates = p.op("softmax.int", p.linear(h, 3), -1)
-    each = p.op("unflatten.int", p.linear(h, 3 * WIDTH), -1, [3, WIDTH])
+    gates = p("softmax.int", p.linear(h, 3), -1)
+    each = p("unflatten.int", p.linear(h, 3 * WIDTH), -1, [3, WIDTH])
     return gates, each
 
 
 def summed(p: Plan, h: fx.Node) -> fx.Node:
     gates, each = experts(p, h)
-    return p.op("sum.dim_IntList", p.op("mul.Tensor", p.op("unsqueeze", gates, -1), each), [-2])
+    return p("sum.dim_IntList", p("mul.Tensor", p("unsqueeze", gates, -1), each), [-2])
 
 
 def multiplied(p: Plan, h: fx.Node) -> fx.Node:
     gates, each = experts(p, h)
-    return p.op("squeeze.dim", p.op("matmul", p.op("unsqueeze", gates, -2), each), -2)
+    return p("squeeze.dim", p("matmul", p("unsqueeze", gates, -2), each), -2)
 
 
 @pytest.mark.parametrize(
@@ -233,8 +231,8 @@ def multiplied(p: Plan, h: fx.Node) -> fx.Node:
     [
         summed,
         multiplied,
-        lambda p, h: p.op("einsum", "bte,bteh->bth", list(experts(p, h))),
-        lambda p, h: p.op("linear", summed(p, h), p.fresh(WIDTH, WIDTH)),
+        lambda p, h: p("einsum", "bte,bteh->bth", list(experts(p, h))),
+        lambda p, h: p("linear", summed(p, h), p.fresh(WIDTH, WIDTH)),
     ],
 )
 def test_a_softmax_over_experts_is_no_attention(mix: Part) -> None:
@@ -245,10 +243,8 @@ def test_a_softmax_over_experts_is_no_attention(mix: Part) -> None:
 def test_attention_written_out() -> None:
     def attn(p: Plan, x: fx.Node) -> fx.Node:
         h = p.norm(x)
-        scores = p.op("matmul", p.heads(h), p.op("mT", p.heads(h)))
-        z = p.op(
-            "matmul", p.op("to.dtype", p.op("softmax.int", scores, -1), torch.float32), p.heads(h)
-        )
+        scores = p("matmul", p.heads(h), p("mT", p.heads(h)))
+        z = p("matmul", p("to.dtype", p("softmax.int", scores, -1), torch.float32), p.heads(h))
         return p.joined(z)
 
     assert shape(residual_stream(stack(lambda p, x: p.add(x, attn(p, x))))) == ["attn"] * 2
@@ -262,9 +258,9 @@ def test_operands_views_and_casts_do_not_matter(bits: int, depth: int) -> None:
 
     def noise(x: fx.Node) -> fx.Node:
         if next(bit, 0):
-            x = p.op("to.dtype", p.op("to.dtype", x, torch.float64), torch.float32)
+            x = p("to.dtype", p("to.dtype", x, torch.float64), torch.float32)
         if next(bit, 0):
-            x = p.op("reshape", p.op("unsqueeze", x, 0), [p.size(0), p.size(1), WIDTH])
+            x = p("reshape", p("unsqueeze", x, 0), [p.size(0), p.size(1), WIDTH])
         return x
 
     def add(a: fx.Node, b: fx.Node) -> fx.Node:
@@ -304,43 +300,43 @@ def mixed(mix: Part) -> Part:
 
 
 def time_mixed(p: Plan, x: fx.Node) -> fx.Node:
-    turned = p.op("transpose.int", p.norm(x), 1, 2)
-    return p.add(x, p.op("transpose.int", p.op("linear", turned, p.fresh(5, 5)), 1, 2))
+    turned = p("transpose.int", p.norm(x), 1, 2)
+    return p.add(x, p("transpose.int", p("linear", turned, p.fresh(5, 5)), 1, 2))
 
 
 def scrambled(p: Plan, h: fx.Node) -> fx.Node:
-    return p.op("transpose.int", p.op("reshape", h, [p.size(1), p.size(0), WIDTH]), 0, 1)
+    return p("transpose.int", p("reshape", h, [p.size(1), p.size(0), WIDTH]), 0, 1)
 
 
 NEITHER: dict[str, tuple[Part, str]] = {
-    "running sum": (mixed(lambda p, h: p.op("cumsum", h, 1)), "cumsum"),
+    "running sum": (mixed(lambda p, h: p("cumsum", h, 1)), "cumsum"),
     "convolution": (
         mixed(
-            lambda p, h: p.op(
+            lambda p, h: p(
                 "transpose.int",
-                p.op("conv1d", p.op("transpose.int", h, 1, 2), p.fresh(WIDTH, WIDTH, 1)),
+                p("conv1d", p("transpose.int", h, 1, 2), p.fresh(WIDTH, WIDTH, 1)),
                 1,
                 2,
             )
         ),
         "transpose",
     ),
-    "mean over positions": (mixed(lambda p, h: p.op("mean.dim", h, [1], True)), "mean"),
-    "the first position": (mixed(lambda p, h: p.op("slice.Tensor", h, 1, 0, 1)), "slice_2"),
+    "mean over positions": (mixed(lambda p, h: p("mean.dim", h, [1], True)), "mean"),
+    "the first position": (mixed(lambda p, h: p("slice.Tensor", h, 1, 0, 1)), "slice_2"),
     "picked positions": (
-        mixed(lambda p, h: p.op("index.Tensor", h, [None, p.op("arange", 1)])),
+        mixed(lambda p, h: p("index.Tensor", h, [None, p("arange", 1)])),
         "index",
     ),
-    "turned round": (mixed(lambda p, h: p.op("flip", h, [1])), "flip"),
-    "shifted": (mixed(lambda p, h: p.op("roll", h, [1], [1])), "roll"),
+    "turned round": (mixed(lambda p, h: p("flip", h, [1])), "flip"),
+    "shifted": (mixed(lambda p, h: p("roll", h, [1], [1])), "roll"),
     "scrambled rows": (mixed(scrambled), "reshape"),
-    "softmax over positions": (mixed(lambda p, h: p.op("softmax.int", h, 1)), "softmax"),
+    "softmax over positions": (mixed(lambda p, h: p("softmax.int", h, 1)), "softmax"),
     "weights by position": (
-        mixed(lambda p, h: p.op("matmul", p.op("softmax.int", p.fresh(5, 5), -1), h)),
+        mixed(lambda p, h: p("matmul", p("softmax.int", p.fresh(5, 5), -1), h)),
         "matmul",
     ),
     "norm over positions": (
-        mixed(lambda p, h: p.op("layer_norm", h, [5, WIDTH])),
+        mixed(lambda p, h: p("layer_norm", h, [5, WIDTH])),
         "layer_norm_1",
     ),
 }
@@ -374,12 +370,12 @@ NOT_PLAIN: dict[str, tuple[Part, str, str]] = {
         "linear_4",
     ),
     "a gate without norm": (
-        lambda p, x: p.add(x, p.op("mul.Tensor", p.attn(x), p.op("sigmoid", p.linear(x)))),
+        lambda p, x: p.add(x, p("mul.Tensor", p.attn(x), p("sigmoid", p.linear(x)))),
         RAW,
         "linear_4",
     ),
     "norm of twice the stream": (
-        lambda p, x: p.add(x, p.attn(p.op("mul.Tensor", x, 2.0))),
+        lambda p, x: p.add(x, p.attn(p("mul.Tensor", x, 2.0))),
         RAW,
         "mul",
     ),
@@ -399,12 +395,12 @@ NOT_PLAIN: dict[str, tuple[Part, str, str]] = {
         "layer_norm_1",
     ),
     "subtracted": (
-        lambda p, x: p.op("sub.Tensor", x, p.attn(x)),
+        lambda p, x: p("sub.Tensor", x, p.attn(x)),
         "no residual add leads to %{}",
         "sub_1",
     ),
     "scaled stream": (
-        lambda p, x: plain(p, p.op("mul.Tensor", x, p.fresh())),
+        lambda p, x: plain(p, p("mul.Tensor", x, p.fresh())),
         "%{} mixes positions before the stream starts",
         "scaled_dot_product_attention",
     ),
@@ -447,12 +443,12 @@ START: dict[str, tuple[Part, str | None]] = {
     "computed positions": (
         lambda p, e: p.add(
             e,
-            p.op(
+            p(
                 "sin",
-                p.op(
+                p(
                     "mul.Tensor",
-                    p.op("unsqueeze", p.op("arange", p.size(1)), -1),
-                    p.op("arange", WIDTH),
+                    p("unsqueeze", p("arange", p.size(1)), -1),
+                    p("arange", WIDTH),
                 ),
             ),
         ),
@@ -474,7 +470,7 @@ def test_the_position_embedding(case: str) -> None:
 def test_token_types_are_not_positions() -> None:
     p = Plan()
     kinds = p.input("kinds", "B", "T", dtype=torch.int64)
-    types = p.op("embedding", p.fresh(7, WIDTH), kinds)
+    types = p("embedding", p.fresh(7, WIDTH), kinds)
     x = p.add(p.add(p.embed(), types), p.places())
     found = residual_stream(p.finish(plain(p, x)))
     assert isinstance(found, Stream)
@@ -486,7 +482,7 @@ def test_token_types_are_not_positions() -> None:
 def test_the_embedding_is_taken_with_its_scale(scale: float | str) -> None:
     p = Plan()
     by = p.fresh() if scale == "weight" else scale
-    x = p.add(p.op("mul.Tensor", p.embed(), by), p.places())
+    x = p.add(p("mul.Tensor", p.embed(), by), p.places())
     found = residual_stream(p.finish(plain(p, x)))
     assert isinstance(found, Stream)
     assert found.embed.name == "mul"
