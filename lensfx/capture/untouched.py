@@ -195,7 +195,8 @@ def _refill_dict(container: dict[Any, Any], now: list[Any], kept: list[Any]) -> 
     kind.clear(container)
     for key, value in kept:
         kind.__setitem__(container, key, value)
-    return [str(k) for k in {**old, **new} if old.get(k) != new.get(k)]
+    # Keys that are no names, such as those of hooks, would tell a reader nothing.
+    return [k for k in {**old, **new} if isinstance(k, str) and old.get(k) != new.get(k)]
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

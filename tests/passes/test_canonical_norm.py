@@ -13,9 +13,9 @@ from graphs import Sketch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lensfx.passes import CanonicalNorm
-from torch import fx
+from torch import fx, nn
 
-from lensfx import ContractError, Lens, Pipeline, Program
+from lensfx import ContractError, Lens, Pipeline, Program, capture
 from lensfx.analysis import Norm
 from lensfx.graph import dtype_of, graph_text, is_op, native_name
 from lensfx.rewrite import Edit, Match, Rule
@@ -137,6 +137,21 @@ def test_a_cast_up_and_back_is_taken_in(golden: Callable[[str, str], None]) -> N
     before = program(feed, dtype=torch.bfloat16)
     golden("canonical_norm.cast", graph_text(canonical(before).graph))
     assert_equal(before, canonical(before))
+
+
+def test_a_width_that_only_a_weight_fixes() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out = nn.Linear(8, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+    model = Model()
+    after = canonical(capture(model, torch.randn(2, 5, 8)))
+    assert norms(after) == ["rms_norm"]
+    assert check(model, Lens(after)).error <= 1e-12
 
 
 @pytest.mark.parametrize("spread", range(6))

@@ -184,6 +184,15 @@ def test_readers_behind_views_and_casts() -> None:
     }
 
 
+def test_a_reader_of_less_precision() -> None:
+    def feed(s: Sketch, n: fx.Node) -> fx.Node:
+        return linear(s, s.call(aten.to.dtype, n, torch.bfloat16), "q", 5)
+
+    after = folded(before := one(feed), expect=1)
+    assert_equal(before, after)
+    assert {t.dtype for t in after.tensors.values()} == {torch.bfloat16}
+
+
 def test_a_norm_read_by_a_router_and_by_every_expert() -> None:
     def feed(s: Sketch, n: fx.Node) -> fx.Node:
         gates = s.call(aten.softmax.int, linear(s, n, "router", 3, bias=False), -1)
