@@ -1,143 +1,198 @@
-"""Capture every causal language model of transformers that can be built tiny; `make zoo`.
+"""Capture every model class of transformers' auto mappings that can be built tiny; `make zoo`.
 
-Each model comes from its own config class with small sizes put in wherever the class has a field
-for them, gets random parameters, is captured, and is run beside its program at two shapes.
+Each class runs in a process of its own with a limit on time and memory. Results are appended to
+a file of json lines as they come, and a class that is in the file already is not run again, so
+that a run can be stopped and taken up. The table is written at the end, or with `--table` alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
+import json
 import logging
 import os
+import resource
 import signal
+import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+ROOT = Path(__file__).resolve().parents[1]
+# The models that tests are run on live with the tests.
+sys.path.insert(0, str(ROOT / "tests"))
 
-import torch
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
-from torch.utils import _pytree as pytree
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-import lensfx
-
-SMALL = {
-    **dict.fromkeys(("vocab_size",), 64),
-    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "embedding_size"), 32),
-    **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "d_ff", "ffn_hidden_size"), 48),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers"), 2),
-    **dict.fromkeys(("decoder_layers", "encoder_layers"), 2),
-    **dict.fromkeys(("num_attention_heads", "n_head", "num_heads", "n_heads"), 4),
-    **dict.fromkeys(("decoder_attention_heads", "encoder_attention_heads"), 4),
-    **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), 2),
-    **dict.fromkeys(("head_dim", "d_kv"), 8),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx"), 64),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
-    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 16),
-    **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0),
-}
-LARGEST = 20_000_000
-
-
-class TooSlowError(Exception):
-    """The time for one model is over."""
-
-
-@contextlib.contextmanager
-def within(seconds: int) -> Iterator[None]:
-    def stop(*_: object) -> None:
-        raise TooSlowError(f"not done after {seconds} s")
-
-    signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-
-
-def build(config_class: Any, model_class: Any) -> torch.nn.Module:
-    plain = config_class()
-    fields = {k: v for k, v in SMALL.items() if getattr(plain, k, None) is not None}
-    config = config_class(**fields)
-    config.use_cache = False
-    with torch.device("meta"):
-        size = sum(p.numel() for p in model_class(config).parameters())
-    if size > LARGEST:
-        raise ValueError(f"{size:,} parameters even with small sizes")
-    model = model_class(config).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.is_floating_point():
-                noise = torch.randn(parameter.shape, generator=generator)
-                parameter += 0.05 * noise.to(parameter.dtype)
-    return model
-
-
-def ids(batch: int, length: int) -> torch.Tensor:
-    return torch.randint(1, 60, (batch, length), generator=torch.Generator().manual_seed(batch))
-
-
-def agrees(model: torch.nn.Module, program: lensfx.Program, tokens: torch.Tensor) -> bool:
-    a = pytree.tree_leaves(model(input_ids=tokens))
-    b = pytree.tree_leaves(program(input_ids=tokens))
-    pairs = [(x, y) for x, y in zip(a, b, strict=True) if isinstance(x, torch.Tensor)]
-    return all(torch.equal(x, y) for x, y in pairs)
-
-
-def row(config_class: Any, model_class: Any) -> tuple[str, str, str, str]:
-    name = model_class.__name__
-    try:
-        with within(60):
-            model = build(config_class, model_class)
-            model(input_ids=ids(2, 9))
-    except Exception as error:
-        return name, "not built", "", str(error).splitlines()[0][:90] if str(error) else ""
-    start = time.process_time()
-    try:
-        with within(120):
-            program = lensfx.capture(model, input_ids=ids(2, 9))
-            taken = f"{time.process_time() - start:.1f}"
-            if not agrees(model, program, ids(2, 9)):
-                return name, "WRONG", taken, ""
-            if program.guards.specialised:
-                fixed = ", ".join(a.label for a in program.guards.specialised)
-                return name, "specialised", taken, fixed
-            return name, "captured" if agrees(model, program, ids(3, 5)) else "WRONG", taken, ""
-    except TooSlowError as error:
-        return name, "too slow", "", str(error)
-    except lensfx.LensError as error:
-        return name, "refused", "", error.headline[:90]
+MEMORY = 8 << 30
+GRACE = 20
+Record = dict[str, Any]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", help="a part of the names to try")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--only", default="", help="tasks or parts of class names, with commas")
+    parser.add_argument("--results", type=Path, default=ROOT / "build" / "zoo.jsonl")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "zoo.md")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--seconds", type=int, default=120, help="the time limit of one model")
+    parser.add_argument("--table", action="store_true", help="only write the table")
     options = parser.parse_args()
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    if not options.table:
+        drive(chosen(options), options)
+    options.docs.parent.mkdir(parents=True, exist_ok=True)
+    options.docs.write_text(page(read(options.results)), encoding="utf-8")
+
+
+def chosen(options: argparse.Namespace) -> list[Any]:
+    """The architectures that were asked for and have no result yet."""
+    from models.zoo import architectures
+
+    done = {record["name"] for record in read(options.results)}
+    wanted = options.only.lower().split(",")
+    return [
+        a
+        for a in architectures()
+        if a.class_name not in done
+        and any(w == a.task or (w != "" and w in a.class_name.lower()) or not w for w in wanted)
+    ]
+
+
+def drive(waiting: list[Any], options: argparse.Namespace) -> None:
+    """Run each architecture in a child process, so many at a time."""
+    running: dict[int, tuple[Any, float]] = {}
+    waiting.reverse()
+    while waiting or running:
+        while waiting and len(running) < options.processes:
+            architecture = waiting.pop()
+            running[start(architecture, options)] = (architecture, time.monotonic())
+        time.sleep(0.05)
+        for child, (architecture, since) in list(running.items()):
+            ended, status = os.waitpid(child, os.WNOHANG)
+            taken = time.monotonic() - since
+            if ended:
+                del running[child]
+                if os.WIFSIGNALED(status):
+                    killed(architecture, os.WTERMSIG(status), options.results)
+                print(f"{len(waiting)} left  {architecture.class_name}", flush=True)
+            elif taken > options.seconds:
+                # Native code does not heed a signal that Python would have to handle.
+                late = taken > options.seconds + GRACE
+                os.kill(child, signal.SIGKILL if late else signal.SIGTERM)
+
+
+def start(architecture: Any, options: argparse.Namespace) -> int:
+    """Start a child that tries one architecture; its process id."""
+    child = os.fork()
+    if child == 0:
+        try:
+            run(architecture, options.results)
+        finally:
+            os._exit(1)
+    return child
+
+
+def run(architecture: Any, results: Path) -> None:
+    """Try one architecture and append the last record that it came to."""
+    import torch
+    from models.zoo.trial import trial
+
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
-    console = Console()
-    table = Table("model", "outcome", "seconds", "why")
-    counts: Counter[str] = Counter()
-    for config_class, found in track(list(MODEL_FOR_CAUSAL_LM_MAPPING.items()), console=console):
-        model_class = found[0] if isinstance(found, tuple) else found
-        if options.only.lower() in model_class.__name__.lower():
-            with contextlib.redirect_stdout(io.StringIO()):
-                result = row(config_class, model_class)
-            counts[result[1]] += 1
-            table.add_row(*result)
-    console.print(table)
-    console.print(dict(counts))
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(1, 2)
+    last: Record = {}
+
+    def stop(*_: object) -> None:
+        append(results, last)
+        os._exit(0)
+
+    signal.signal(signal.SIGTERM, stop)
+    for record in trial(architecture):
+        last = record
+    stop()
+
+
+def killed(architecture: Any, number: int, results: Path) -> None:
+    """Note that a child died without a word."""
+    record = {"name": architecture.class_name, "task": architecture.task, "outcome": "failed"}
+    append(results, {**record, "why": f"killed by {signal.Signals(number).name}"})
+
+
+def append(results: Path, record: Record) -> None:
+    with results.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read(results: Path) -> list[Record]:
+    """The records of a results file."""
+    if not results.exists():
+        return []
+    return [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+
+
+def page(records: list[Record]) -> str:
+    """The results as a page: totals, then what went wrong, then a row for each architecture."""
+    built = [r for r in records if r["outcome"] != "not built"]
+    good = [r for r in built if r["outcome"] == "captured"]
+    share = f"{len(good) / len(built):.1%}" if built else "none"
+    bitwise = sum(r.get("gradients") == "bitwise" for r in good)
+    free = sum(r.get("other_shape") == "bitwise" for r in good)
+    lines = [
+        "# The zoo",
+        "",
+        "Model classes of transformers' auto mappings, built tiny from their config classes with",
+        "random parameters, captured, and run beside their programs. Written by `make zoo`.",
+        "",
+        f"{len(records)} tried, {len(built)} built, {len(good)} captured bitwise: **{share}**. "
+        f"Gradients bitwise in {bitwise}; bitwise at a second batch and length in {free}.",
+        "",
+        *_totals(built),
+        "",
+        "## Architectures",
+        "",
+        "| model | task | outcome | gradients | second shape | seconds | nodes | remark |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    order = {"wrong": 0, "failed": 1, "refused": 2, "captured": 3, "not built": 4}
+    rows = sorted(records, key=lambda r: (order[r["outcome"]], r["task"], r["name"]))
+    return "\n".join([*lines, *map(_row, rows)]) + "\n"
+
+
+def _totals(built: list[Record]) -> list[str]:
+    counts = Counter(r["task"] for r in built)
+    good = Counter(r["task"] for r in built if r["outcome"] == "captured")
+    lines = ["| task | built | captured |", "| --- | --- | --- |"]
+    return [*lines, *(f"| {task} | {n} | {good[task]} |" for task, n in counts.most_common())]
+
+
+def _row(record: Record) -> str:
+    seconds = f"{record['seconds']:.1f}" if "seconds" in record else ""
+    other = record.get("other_shape", "")
+    cells = (
+        record["name"],
+        record["task"],
+        record["outcome"],
+        record.get("gradients", ""),
+        other if other in ("", "bitwise") else "no",
+        seconds,
+        str(record.get("nodes", "")),
+        _remark(record),
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _remark(record: Record) -> str:
+    at = record.get("at", "")
+    said = [record.get("why", ""), at if isinstance(at, str) else "; ".join(at)]
+    other = record.get("other_shape", "")
+    said.append(other if other != "bitwise" else "")
+    text = ". ".join(part for part in said if part)
+    return " ".join(text.replace("|", "/").split())[:240]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Any PyTorch model as an fx graph that can be read, edited, rewritten and proved equivalent."""
 
-from lensfx.capture import capture
+from lensfx.capture import capture, empty_weights
 from lensfx.errors import (
     CaptureError,
     ContractError,
@@ -12,6 +12,7 @@ from lensfx.errors import (
     UnknownNameError,
 )
 from lensfx.graph.program import Program
+from lensfx.rewrite.bind import bind
 from lensfx.rewrite.explain import explain
 from lensfx.rewrite.pipeline import Pipeline
 from lensfx.run import ActivationCache, HookPoint, Lens, wrap
@@ -32,7 +33,9 @@ __all__ = [
     "Program",
     "RewriteError",
     "UnknownNameError",
+    "bind",
     "capture",
+    "empty_weights",
     "explain",
     "wrap",
 ]

@@ -14,11 +14,14 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
+from lensfx.capture.empty import on_shapes
 from lensfx.capture.modes import CallLog, ReadOnlyParameters
 from lensfx.capture.untouched import seeded
 from lensfx.errors import CaptureError, GuardError
+from lensfx.graph.choice import OtherPathError, choices
 from lensfx.graph.compiled import probe
 from lensfx.graph.guards import Axis, Guards
+from lensfx.graph.mode import plain
 from lensfx.graph.ops import writes
 from lensfx.graph.program import Program
 
@@ -38,12 +41,14 @@ class DisagreementError(CaptureError):
 class Traced:
     """How a program was traced: its inputs, the branches on sizes that were taken, the way back.
 
-    All dynamic axes of `inputs` are larger than 1; `restore` undoes what a run leaves behind.
+    All dynamic axes of `inputs` are larger than 1; `restore` undoes what a run leaves behind. A
+    model that has no weights is run on shapes alone.
     """
 
     inputs: tuple[torch.Tensor, ...]
     branches: Guards
     restore: Callable[[], Any]
+    has_weights: bool = True
 
 
 def settle_guards(program: Program, model: nn.Module, traced: Traced) -> Program:
@@ -56,6 +61,9 @@ def settle_guards(program: Program, model: nn.Module, traced: Traced) -> Program
     Raises: CaptureError if the graph and the model differ on the example itself.
     """
     trials = _Trials(program, model, traced)
+    if choices(program.graph):
+        # A path that is not the example's says so here, before anything else is tried.
+        trials.disagreement(program.example, effects=True)
     wide, ties, units = program.guards, [], []
     for group in _groups(program, traced.inputs):
         tried = _allow_one(wide, group)
@@ -69,6 +77,8 @@ def settle_guards(program: Program, model: nn.Module, traced: Traced) -> Program
             ties += [_tie(group[0], axis) for axis in group[1:]]
     ties += _apart(trials, wide, units)
     settled = program.with_graph(program.graph, guards=wide.with_relations(ties))
+    if not traced.has_weights:
+        return settled
     if not _passes(settled.guards, program.example):
         raise CaptureError(
             "the model takes another path at size 1 than at larger sizes, and the example has it",
@@ -153,13 +163,34 @@ class _Trials:
         """
         ones = dict.fromkeys((a.symbol for a in axes), 1)
         small = self._sized(ones)
-        if not _passes(guards, small) or self.disagreement(small) is not None:
+        if not _passes(guards, small):
+            return False
+        if not self.traced.has_weights:
+            return self._same_path_on_shapes(small)
+        if self.disagreement(small) is not None:
             return False
         if self._path == self._traced_path and self.traced.branches.holds(small):
             return True
         if any(t.is_meta for t in [*small, *self.model.parameters()]):
             return False
         return all(self._agree_elsewhere(guards, ones, size) for size in _OTHER_SIZES)
+
+    def _same_path_on_shapes(self, small: Tensors) -> bool:
+        paths = [self._shape_path(tensors) for tensors in (small, self.traced.inputs)]
+        return paths[0] is not None and paths[0] == paths[1] and self.traced.branches.holds(small)
+
+    def _shape_path(self, tensors: Tensors) -> list[Any] | None:
+        """The path of the model's code on these shapes; None if it asks for a value."""
+        try:
+            with on_shapes(self.model, tensors) as given, self.program.mode.entered():
+                args, kwargs = self.program.signature.arguments(given)
+                with CallLog() as log:
+                    self.model(*args, **kwargs)
+        except Exception:
+            return None
+        finally:
+            self.traced.restore()
+        return log.calls
 
     def _sized(self, sizes: Mapping[str | None, int]) -> list[torch.Tensor]:
         """The traced inputs cut or repeated to other sizes, given by symbol."""
@@ -206,6 +237,10 @@ class _Trials:
         try:
             with self._constants_kept():
                 got = self._run(lambda given: self._of_graph(given, weights), tensors, effects)
+        except OtherPathError as error:
+            if effects:
+                raise
+            return f"the graph is of another path: {error.headline}"
         except Exception as error:
             return f"the graph fails where the model runs: {type(error).__name__}: {error}"
         if len(want) != len(got):
@@ -239,7 +274,8 @@ class _Trials:
         self, given: list[torch.Tensor], weights: Mapping[str, torch.Tensor] | None
     ) -> list[Any]:
         args, kwargs = self.program.signature.arguments(given)
-        with CallLog() as log, ReadOnlyParameters(self.model):
+        mode = self.program.mode.entered()
+        with mode, CallLog() as log, ReadOnlyParameters(self.model):
             if weights is None:
                 out = self.model(*args, **kwargs)
             else:
@@ -254,7 +290,8 @@ class _Trials:
         if weights is not None:
             drawn = {id(p): weights[name] for name, p in self.model.named_parameters()}
             tensors = [drawn.get(id(t), t) for t in tensors]
-        return list(self._graph(None, *given, *tensors))
+        with plain():
+            return list(self._graph(None, *given, *tensors))
 
     @contextlib.contextmanager
     def _constants_kept(self) -> Iterator[None]:

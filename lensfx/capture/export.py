@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
-import io
-import logging
-import os
-import traceback
-import warnings
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,10 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.export import Dim
-from torch.nn.parameter import is_lazy
-from torch.utils import _pytree as pytree
 
+from lensfx.capture.call import Call, Flat, Seen, kind_of, taken_apart, widenings
 from lensfx.capture.check import DisagreementError, Traced, settle_guards
+from lensfx.capture.decide import Decision, Decisions, exporting
+from lensfx.capture.empty import NOT_RUN, has_no_weights, materialless, on_shapes
+from lensfx.capture.failures import UntraceableError, capture_error, quiet, said, user_line
+from lensfx.capture.limits import index_limits
 from lensfx.capture.modes import (
     LAYOUT_READS,
     CallLog,
@@ -29,349 +27,325 @@ from lensfx.capture.modes import (
     tracing,
 )
 from lensfx.capture.normal_form import normal_form
-from lensfx.capture.untouched import holds_tensors, untouched
+from lensfx.capture.opaque import OpaqueModules, chosen, failing_module, reason
+from lensfx.capture.origin import Origin
+from lensfx.capture.prepare import prepared
+from lensfx.capture.untouched import hides_tensors, untouched
 from lensfx.errors import CaptureError, LensError
+from lensfx.graph.choice import OtherPathError
 from lensfx.graph.guards import Guards
+from lensfx.graph.mode import Mode
 from lensfx.graph.program import Program, Source
-from lensfx.graph.signature import Leaf, Signature, outline
+from lensfx.graph.signature import Signature
 
-__all__ = ["capture"]
+__all__ = ["capture", "recapture"]
 
-_TORCH_HOME = os.path.dirname(torch.__file__)
-_PYTHON_HOME = os.path.dirname(os.__file__)
-_CAPTURE_HOME = os.path.dirname(__file__)
-_SYMBOLS = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
-_LONGEST = 300
+# How often a wrong guess of a branch is put right before the model is called untraceable.
+_CORRECTIONS = 64
+_UNBACKED = re.compile(r"\bu\d+\b")
 
 
-@dataclass
-class _Seen:
-    """What the traced call returned besides tensors; kept outside the module tree on purpose."""
-
-    out_spec: Any = None
-    constants: tuple[Any, ...] = ()
-
-
-@dataclass(frozen=True)
-class _Constant:
-    value: Any
-
-
-@dataclass(frozen=True)
-class _Call:
-    """An example call, taken apart: its input tree, the tensors in it, what a run of it showed."""
-
-    forward: inspect.Signature
-    positional: tuple[str, ...]
-    keywords: tuple[str, ...]
-    in_spec: pytree.TreeSpec
-    leaves: tuple[Leaf, ...]
-    example: tuple[torch.Tensor, ...]
-    out_spec: Any = None
-    contiguous: tuple[bool, ...] = ()
-    notes: tuple[str, ...] = ()
-
-    @property
-    def signature(self) -> Signature:
-        """How calls bind to a program."""
-        inputs = (self.forward, self.positional, self.keywords, self.in_spec, self.leaves)
-        return Signature(*inputs, self.out_spec, _output_names(self.out_spec))
-
-
-class _Flat(nn.Module):
-    """The model as a function from a list of tensors to a list of tensors and sizes."""
-
-    def __init__(self, model: nn.Module, call: _Call, seen: _Seen) -> None:
-        super().__init__()
-        self.model = model
-        self._call = (call, seen)
-
-    def forward(self, leaves: list[torch.Tensor]) -> list[Any]:
-        """The leaves of the model's result that depend on the call."""
-        call, seen = self._call
-        given = iter(leaves)
-        flat = [next(given) if leaf.is_tensor else leaf.constant for leaf in call.leaves]
-        args, kwargs = pytree.tree_unflatten(flat, call.in_spec)
-        held = [(m._buffers, name, b) for m in self.model.modules() for name, b in _held(m)]
-        result = self.model(*args, **kwargs)
-        # A torch.Size holds no symbols, so tracing returns a tuple in its place.
-        result = pytree.tree_map_only(torch.Size, tuple, result)
-        out, seen.out_spec = pytree.tree_flatten(result)
-        for buffers, name, old in held:
-            _write_back(buffers, name, old)
-        seen.constants = tuple(None if isinstance(v, _SYMBOLS) else _Constant(v) for v in out)
-        return [v for v in out if isinstance(v, _SYMBOLS)]
-
-
-def _held(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return [(name, b) for name, b in module._buffers.items() if b is not None]
-
-
-def _write_back(buffers: dict[str, Any], name: str, old: torch.Tensor) -> None:
-    """Make `self.steps = self.steps + 1` a write into the buffer, which a graph can hold."""
-    new = buffers.get(name)
-    if new is not old and new is not None and new.shape == old.shape and new.dtype == old.dtype:
-        with torch.no_grad():
-            old.copy_(new)
-        buffers[name] = old
-
-
-class _UntraceableError(Exception):
-    """Torch's export failed; the cause says how."""
-
-
-def capture(model: nn.Module, *args: Any, **kwargs: Any) -> Program:
+def capture(
+    model: nn.Module, *args: Any, opaque: Sequence[Any] = (), strict: bool = False, **kwargs: Any
+) -> Program:
     """The model as a Program in normal form, captured in eval mode on one example call.
 
     The program's outputs are bitwise the model's and of the same type, its parameters are the
-    model's own objects, and every axis the model's code leaves open is dynamic. The model is left
-    exactly as it was.
+    model's own objects, and every axis the model's code leaves open is dynamic. Where the code
+    branches on a value, the path of the example is captured and the value is guarded. The model
+    is left exactly as it was. An autocast around this call is part of what is captured.
+
+    A submodule that cannot be traced becomes one opaque operator, and so does every module that
+    `opaque` names by type, instance or path; `strict` refuses what `opaque` does not name.
 
     Raises: CaptureError naming the user's line if the model rejects the call or cannot be traced.
     """
-    model = _unwrapped(model)
-    notes = _notes(model)
-    failures: list[Exception] = []
-    with _quiet(), untouched(model, (args, kwargs)) as restore:
-        call = _taken_apart(model, args, kwargs)
-        call = _run_once(model, call)
+    model, notes = prepared(model)
+    if not isinstance(opaque, (list, tuple, set, frozenset)):
+        opaque = (opaque,)
+    origin = Origin(model, tuple(opaque), strict)
+    return _capture(origin, args, kwargs, Mode.ambient(), notes)
+
+
+def recapture(
+    program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], mode: Mode
+) -> Program:
+    """The model that `program` came from, captured on another call or in another mode.
+
+    Raises: CaptureError as `capture` does, or if the program did not come from a model.
+    """
+    if program.origin is None:
+        raise CaptureError("this program does not know the model it came from")
+    return _capture(program.origin, args, kwargs, mode, ())
+
+
+def _capture(
+    origin: Origin,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    mode: Mode,
+    notes: tuple[str, ...],
+) -> Program:
+    model = origin.model
+    if not mode.training and any(m.training for m in model.modules()):
+        notes += ("the model is in training mode; the program is what it computes in eval mode",)
+    with quiet(), untouched(model, (args, kwargs), mode.training) as restore:
+        call = taken_apart(model, args, kwargs, mode)
+        if has_no_weights(model):
+            call, notes = _run_on_shapes(model, call), (*notes, NOT_RUN)
+        else:
+            call = _run_once(model, call)
         if kept := restore():
             notes += (f"forward sets {', '.join(kept[:5])}; a call of the program does not",)
-        for widened, fresh_casts in _attempts(call.example):
-            if not fresh_casts and not isinstance(failures[-1], DisagreementError):
-                continue
-            try:
-                return _attempt(model, replace(call, notes=notes), widened, fresh_casts, restore)
-            except (_UntraceableError, LensError) as error:
-                failures.append(error)
-                restore()
-    raise _capture_error(model, failures[0]) from failures[0]
+        return _Capture(origin, replace(call, notes=notes), restore).program()
 
 
-def _unwrapped(model: Any) -> nn.Module:
-    # What torch.compile returns: its forward hides the signature and the parameters' names.
-    model = getattr(model, "_orig_mod", model)
-    if not isinstance(model, nn.Module):
-        raise CaptureError(
-            f"capture takes a torch.nn.Module, not {type(model).__name__}",
-            hint="wrap the function in a module whose forward calls it",
-        )
-    lazy = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if is_lazy(t)]
-    if lazy:
-        raise CaptureError(
-            f"the model has no size for {lazy[0]} yet, it is lazy",
-            hint="call the model once before wrapping it",
-        )
-    return model
-
-
-def _taken_apart(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
-    forward = inspect.signature(model.forward)
+def _run_on_shapes(model: nn.Module, call: Call) -> Call:
+    """What a run shows as far as shapes tell; code that asks for a value is left to the trace."""
+    seen = Seen()
     try:
-        named, positional, keywords = Signature.split(forward, args, kwargs)
-    except TypeError as error:
-        raise CaptureError(
-            f"{type(model).__name__}.forward does not accept this call: {error}",
-            hint=f"the signature is {forward}",
-        ) from None
-    tree = (tuple(named[n] for n in positional), {n: named[n] for n in keywords})
-    flat, spec = pytree.tree_flatten(tree)
-    leaves = tuple(_leaves(tree, positional))
-    for leaf in leaves:
-        if not leaf.is_tensor and holds_tensors(leaf.constant):
-            kind = type(leaf.constant).__name__
-            raise CaptureError(
-                f"{leaf.name} is an object of type {kind}, in which torch sees no tensors",
-                hint=f"pass the tensors in lists or dicts, or register {kind} as a pytree node",
-            )
-    tensors = (v.detach() for v in flat if isinstance(v, torch.Tensor))
-    example = tuple(v.clone() if v.is_inference() else v for v in tensors)
-    return _Call(forward, positional, keywords, spec, leaves, example)
+        with on_shapes(model, call.example) as given:
+            Flat(model, call, seen)(list(given))
+    except Exception:
+        return call
+    return _shown(call, seen)
 
 
-def _run_once(model: nn.Module, call: _Call) -> _Call:
+def _run_once(model: nn.Module, call: Call) -> Call:
     """Run the model on the example, so that a call it rejects is not blamed on the tracer.
 
     It also fills caches outside the model, as `functools.cache` makes them, with real tensors:
     tracing would leave its own there. The call comes back with what the run showed.
     """
-    seen = _Seen()
+    seen = Seen()
     try:
         with CallLog() as log, ReadOnlyParameters(model):
-            _Flat(model, call, seen)([t.clone() for t in call.example])
+            Flat(model, call, seen)([t.clone() for t in call.example])
     except ParameterWriteError as error:
         raise CaptureError(
             f"forward changes the parameter {error} in place",
-            at=_user_line(error),
+            at=user_line(error),
             hint="update parameters outside forward",
         ) from None
     except Exception as error:
         raise CaptureError(
-            f"{type(model).__name__} itself fails on this example: {_said(error)}",
-            at=_user_line(error),
+            f"{type(model).__name__} itself fails on this example: {said(error)}",
+            at=user_line(error),
             hint="call the model with these arguments before wrapping it",
         ) from error
+    call = _shown(call, seen)
+    asked = any(function in LAYOUT_READS for function, _ in log.calls)
+    contiguous = tuple(t.is_contiguous() for t in call.example) if asked else ()
+    return replace(call, contiguous=contiguous)
+
+
+def _shown(call: Call, seen: Seen) -> Call:
+    if seen.rewrote_arguments:
+        raise CaptureError(
+            "forward puts other values into a list or dict that it is given",
+            hint="return them instead: a captured graph changes tensors, and no containers",
+        )
     for constant in seen.constants:
-        if constant is not None and _hides_tensors(constant.value):
+        if constant is not None and hides_tensors(constant.value):
             kind = type(constant.value).__name__
             raise CaptureError(
                 f"the model returns an object of type {kind}, in which torch sees no tensors",
                 hint=f"return tuples, lists or dicts (transformers: use_cache=False), or register "
                 f"{kind} as a pytree node",
             )
-    asked = any(function in LAYOUT_READS for function, _ in log.calls)
-    contiguous = tuple(t.is_contiguous() for t in call.example) if asked else ()
-    return replace(call, contiguous=contiguous, out_spec=seen.out_spec)
+    return replace(call, out_spec=seen.out_spec)
 
 
-def _hides_tensors(value: Any) -> bool:
-    return isinstance(value, Iterator) or holds_tensors(value)
+@dataclass(frozen=True)
+class _Way:
+    """One way to trace: casts kept apart, attention by one kernel, what is done about branches."""
+
+    fresh_casts: bool = True
+    plain_attention: bool = False
+    decide: str = ""
 
 
-def _attempts(example: Sequence[torch.Tensor]) -> Iterator[tuple[tuple[torch.Tensor, ...], bool]]:
-    """What to trace with; plain casts are for a model that writes into what a cast returned."""
-    for widened in _widenings(example):
-        yield widened, True
-        yield widened, False
+class _Capture:
+    """Tries to trace one call: plainly, along the path it takes, around what cannot be traced."""
 
+    def __init__(self, origin: Origin, call: Call, restore: Callable[[], Any]) -> None:
+        self.origin, self.call, self.restore = origin, call, restore
+        self.model = origin.model
+        self.empty = has_no_weights(origin.model)
+        self.opaque: dict[str, str] = chosen(self.model, origin.opaque)
+        self._guesses: dict[str, list[Decision] | None] = {}
 
-def _attempt(
-    model: nn.Module,
-    call: _Call,
-    widened: tuple[torch.Tensor, ...],
-    fresh_casts: bool,
-    restore: Callable[[], Any],
-) -> Program:
-    seen = _Seen()
-    flat = _Flat(model, call, seen)
-    flat.training = False
-    given = (list(widened),)
-    # Torch takes a description of no inputs at all for a mistake.
-    shapes = ([{d: Dim.AUTO for d in range(t.ndim)} for t in widened],) if widened else None
-    try:
-        with tracing(fresh_casts), SizeBranches() as branches:
-            exported = torch.export.export(flat, given, dynamic_shapes=shapes, strict=False)
-    except Exception as error:
-        raise _UntraceableError from error
-    restore()
-    if seen.out_spec != call.out_spec:
-        kinds = _kind(seen.out_spec), _kind(call.out_spec)
+    def program(self) -> Program:
+        """The captured program.
+
+        Raises: CaptureError for the first way that failed, when all have.
+        """
+        first: Exception | None = None
+        while True:
+            modules = OpaqueModules(self.model, self.opaque)
+            if self.opaque:
+                self._observe(modules)
+            try:
+                return self._by_ladder(modules)
+            except (UntraceableError, LensError) as error:
+                first = first or error
+                self.restore()
+                cause = error.__cause__ or error
+                found = failing_module(self.model, cause, self.opaque)
+                if found is None or self.origin.strict or self.empty:
+                    raise capture_error(self.model, first) from first
+                self.opaque[found] = reason(cause)
+
+    def _observe(self, modules: OpaqueModules) -> None:
+        """Real runs at several sizes show how the results of opaque modules follow their inputs."""
+        with modules.observing():
+            for tensors in _resized(self.call.example):
+                try:
+                    Flat(self.model, self.call, Seen())([t.clone() for t in tensors])
+                except Exception as error:
+                    if tensors is self.call.example:
+                        raise error
+                finally:
+                    self.restore()
+
+    def _by_ladder(self, modules: OpaqueModules) -> Program:
+        failures: list[Exception] = []
+        for widened in widenings(self.call.example):
+            for way in self._ways(failures):
+                try:
+                    return self._along_path(widened, way, modules)
+                except (UntraceableError, LensError) as error:
+                    failures.append(error)
+                    self.restore()
+        raise failures[0]
+
+    def _ways(self, failures: Sequence[Exception]) -> Iterator[_Way]:
+        yield _Way()
+        plainly = failures[-1]
+        if isinstance(plainly, DisagreementError):
+            # For a model that writes into what attention, or a cast, returned.
+            yield _Way(plain_attention=True)
+            yield _Way(fresh_casts=False, plain_attention=True)
+        for decide in () if self.empty else ("defer", "numbers"):
+            if isinstance(plainly, UntraceableError) and self._guess(decide) is not None:
+                yield _Way(decide=decide)
+
+    def _guess(self, decide: str) -> list[Decision] | None:
+        """What the model's code asks for in a plain run on the example; None if nothing."""
+        if decide not in self._guesses:
+            log = self._mode(decide, None)
+            try:
+                with exporting():
+                    Flat(self.model, self.call, Seen(), log)([t.clone() for t in self.call.example])
+            except Exception:
+                # A number that was put off where Python needs one: the other way is for that.
+                log.asked = False
+            finally:
+                self.restore()
+            self._guesses[decide] = log.log if log.asked else None
+        return self._guesses[decide]
+
+    @staticmethod
+    def _mode(decide: str, known: Sequence[Decision] | None) -> Decisions:
+        return Decisions(known, defer=decide == "defer", sizes=decide == "numbers")
+
+    def _along_path(
+        self, widened: tuple[torch.Tensor, ...], way: _Way, modules: OpaqueModules
+    ) -> Program:
+        if not way.decide:
+            return self._attempt(widened, way, modules, None)
+        known = list(self._guess(way.decide) or ())
+        for _ in range(_CORRECTIONS):
+            decisions = self._mode(way.decide, known)
+            try:
+                return self._attempt(widened, way, modules, decisions)
+            except OtherPathError as error:
+                # The values were computed by the very graph that will be run, so this one is right.
+                taken = decisions.log[error.index]
+                known = [*decisions.log[: error.index], replace(taken, value=error.value)]
+                self.restore()
         raise CaptureError(
-            f"the model returns {kinds[0]} when traced and {kinds[1]} when run",
-            hint="let the kind of result not depend on torch.compiler.is_exporting()",
+            f"{type(self.model).__name__} branches on values more than {_CORRECTIONS} times in ways "
+            "that a plain run does not show",
+            hint="name the module that does so in opaque=[...]",
         )
-    graph, tensors, unread, aliases = normal_form(exported, model, call.leaves, seen.constants)
-    full = call.signature
-    # A condition on one size is the same wherever that size is 1, so a run there tells.
-    guards = _guards(exported, graph, full, branches.conditions(sizes=2))
-    guards = replace(guards, contiguous=call.contiguous)
-    path = _guards(exported, graph, full, branches.conditions())
-    source = Source(type(model).__name__, call.notes, unread, aliases)
-    program = Program(graph, tensors, full, guards, call.example, source)
-    return settle_guards(program, model, Traced(widened, path, restore))
+
+    def _attempt(
+        self,
+        widened: tuple[torch.Tensor, ...],
+        way: _Way,
+        modules: OpaqueModules,
+        decisions: Decisions | None,
+    ) -> Program:
+        call, seen = self.call, Seen()
+        exported, branches = self._exported(widened, way, modules, decisions, seen)
+        if call.out_spec is None:
+            call = replace(call, out_spec=seen.out_spec)
+        if seen.out_spec != call.out_spec:
+            kinds = kind_of(seen.out_spec), kind_of(call.out_spec)
+            raise CaptureError(
+                f"the model returns {kinds[0]} when traced and {kinds[1]} when run",
+                hint="let the kind of result not depend on torch.compiler.is_exporting()",
+            )
+        taken = decisions.log if decisions is not None else ()
+        graph, tensors, unread, aliases = normal_form(
+            exported, self.model, call.leaves, seen.constants, taken
+        )
+        full = call.signature
+        # A condition on one size is the same wherever that size is 1, so a run there tells.
+        guards = _guards(exported, graph, full, branches.conditions(sizes=2))
+        guards = replace(guards, contiguous=call.contiguous)
+        guards = guards.with_limits(index_limits(graph, guards))
+        path = _guards(exported, graph, full, branches.conditions())
+        source = Source(type(self.model).__name__, call.notes, unread, aliases, dict(self.opaque))
+        program = Program(
+            graph, tensors, full, guards, call.example, source, origin=self.origin, mode=call.mode
+        )
+        return settle_guards(program, self.model, Traced(widened, path, self.restore, not self.empty))
+
+    def _exported(
+        self,
+        widened: tuple[torch.Tensor, ...],
+        way: _Way,
+        modules: OpaqueModules,
+        decisions: Decisions | None,
+        seen: Seen,
+    ) -> tuple[torch.export.ExportedProgram, SizeBranches]:
+        flat = Flat(self.model, self.call, seen, decisions)
+        flat.training = False
+        # Torch takes a description of no inputs at all for a mistake.
+        shapes = ([{d: Dim.AUTO for d in range(t.ndim)} for t in widened],) if widened else None
+        opaque = modules.tracing() if self.opaque else contextlib.nullcontext()
+        traced: Any = contextlib.nullcontext(widened)
+        if self.empty:
+            traced = materialless(self.model, widened)
+        way_of = tracing(way.fresh_casts, way.plain_attention)
+        try:
+            with traced as given, way_of, SizeBranches() as branches, opaque:
+                exported = torch.export.export(
+                    flat, (list(given),), dynamic_shapes=shapes, strict=False
+                )
+        except Exception as error:
+            raise UntraceableError from error
+        self.restore()
+        return exported, branches
 
 
-def _kind(spec: pytree.TreeSpec) -> str:
-    return outline(pytree.tree_unflatten([0] * spec.num_leaves, spec))
+def _resized(example: tuple[torch.Tensor, ...]) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The example, then with all axes of one size made larger together, size by size."""
+    yield example
+    sizes = sorted({s for t in example for s in t.shape})
+    for step in (1, 4):
+        for size in sizes:
+            yield tuple(_stretched(t, size, size + step) for t in example)
 
 
-def _leaves(tree: Any, positional: Sequence[str]) -> Iterator[Leaf]:
-    for path, value in pytree.tree_flatten_with_path(tree)[0]:
-        keys: Any = path
-        side, first, *rest = keys
-        head = positional[first.idx] if side.idx == 0 else str(first.key)
-        name = head + pytree.keystr(tuple(rest))
-        if isinstance(value, torch.Tensor):
-            yield Leaf(name, True)
-        else:
-            yield Leaf(name, False, value)
-
-
-def _path_name(path: Sequence[Any]) -> str:
-    head, *rest = path
-    first = str(getattr(head, "key", getattr(head, "idx", head)))
-    return first + pytree.keystr(tuple(rest))
-
-
-def _output_names(spec: Any) -> tuple[str, ...]:
-    tree = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
-    paths = [p for p, _ in pytree.tree_flatten_with_path(tree)[0]]
-    return tuple(_path_name(p) if p else "output" for p in paths)
-
-
-def _notes(model: nn.Module) -> tuple[str, ...]:
-    if not any(m.training for m in model.modules()):
-        return ()
-    return ("the model is in training mode; the program is what it computes in eval mode",)
-
-
-def _widenings(example: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, ...]]:
-    """The example with its axes of size 1 made larger: all of them, then fewer, then none.
-
-    Torch specialises an axis whose example size is 1. An axis that is 1 by nature makes the
-    model fail when it is widened, so the next choice leaves it alone.
-    """
-    ones = sorted({d for t in example for d, size in enumerate(t.shape) if size == 1})
-    sizes = {d: (2, 3, 5, 7, 11, 13)[d % 6] for d in ones}
-    choices = [ones, *([d] for d in ones if len(ones) > 1), []]
-    for chosen in choices:
-        yield tuple(_widen(t, {d: sizes[d] for d in chosen}) for t in example)
-
-
-def _widen(tensor: torch.Tensor, sizes: dict[int, int]) -> torch.Tensor:
-    for axis, size in sizes.items():
-        if axis < tensor.ndim and tensor.shape[axis] == 1:
-            tensor = tensor.repeat_interleave(size, axis)
+def _stretched(tensor: torch.Tensor, old: int, new: int) -> torch.Tensor:
+    for axis, size in enumerate(tensor.shape):
+        if size == old and old:
+            picked = torch.arange(new, device=tensor.device) % old
+            tensor = tensor.index_select(axis, picked)
     return tensor
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Torch logs and prints the partial graph of a failure; our error says what the user needs."""
-    level = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with (
-            contextlib.redirect_stderr(io.StringIO()),
-            contextlib.redirect_stdout(io.StringIO()),
-            warnings.catch_warnings(),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
-
-
-def _capture_error(model: nn.Module, failure: Exception) -> CaptureError:
-    if isinstance(failure, LensError):
-        return CaptureError(failure.headline, at=failure.at, hint=failure.hint)
-    cause = failure.__cause__ or failure
-    return CaptureError(
-        f"{type(model).__name__} cannot be traced: {_said(cause)}",
-        at=_user_line(cause),
-        hint="express that line with tensor operations whose path does not depend on values",
-    )
-
-
-def _said(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = lines[0] if lines else "no message"
-    return f"{type(error).__name__}: {said if len(said) <= _LONGEST else said[:_LONGEST] + '...'}"
-
-
-def _user_line(error: BaseException) -> str:
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if _is_users(f.filename)]
-    if not frames:
-        return ""
-    return f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}  {frames[-1].line}"
-
-
-def _is_users(path: str) -> bool:
-    if path.startswith((_TORCH_HOME, _CAPTURE_HOME, "<")):
-        return False
-    return not path.startswith(_PYTHON_HOME) or "site-packages" in path
 
 
 def _guards(exported: Any, graph: Any, signature: Signature, branches: Sequence[str]) -> Guards:
@@ -383,5 +357,6 @@ def _guards(exported: Any, graph: Any, signature: Signature, branches: Sequence[
             int(high) if high.is_finite and high < 2**40 else 2**40,
         )
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-    conditions = [*exported._guards_code, *branches]
+    # Sizes that values decide are results of the graph, and guarded as such.
+    conditions = [c for c in (*exported._guards_code, *branches) if not _UNBACKED.search(c)]
     return Guards.build(placeholders, signature.tensor_names, ranges, conditions)

@@ -17,24 +17,27 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._sympy.printers import PythonPrinter
 
+from lensfx.capture.autocast import flat_regions
+
 __all__ = [
     "LAYOUT_READS",
     "CallLog",
-    "FreshCasts",
     "ParameterWriteError",
     "ReadOnlyParameters",
     "SizeBranches",
+    "fresh_casts",
     "tracing",
 ]
 
 _TORCH_HOME = os.path.dirname(torch.__file__)
-_SHORT_CASTS: dict[Any, torch.dtype] = {
-    torch.Tensor.float: torch.float32,
-    torch.Tensor.double: torch.float64,
-    torch.Tensor.half: torch.float16,
-    torch.Tensor.bfloat16: torch.bfloat16,
+T = torch.Tensor
+_TO = torch.Tensor.to
+_SHORT_CASTS = {
+    "float": torch.float32,
+    "double": torch.float64,
+    "half": torch.float16,
+    "bfloat16": torch.bfloat16,
 }
-_CASTS = frozenset({*_SHORT_CASTS, torch.Tensor.to, torch.Tensor.type_as})
 # What tells a model how a tensor lies in memory, which is no part of a graph.
 LAYOUT_READS = frozenset(
     {
@@ -47,28 +50,46 @@ LAYOUT_READS = frozenset(
 )
 
 
-class FreshCasts(TorchFunctionMode):
-    """Makes a cast to the dtype a value already has return a new value.
+@contextlib.contextmanager
+def fresh_casts() -> Iterator[None]:
+    """Inside, a cast to the dtype a value already has returns a new value.
 
     Torch returns the same object, and the tracer then sends every later reader of the value
     through the cast: in a float32 capture the residual stream would run through a norm's cast.
+    The methods are replaced, since a function mode would cost as much as the tracing itself.
     """
+    kept = {name: T.__dict__.get(name) for name in (*_SHORT_CASTS, "to", "type_as")}
+    for name, dtype in _SHORT_CASTS.items():
+        setattr(T, name, _short(getattr(T, name), dtype))
+    T.to = _fresh_to  # type: ignore[method-assign, assignment]
+    T.type_as = _fresh_type_as  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        for name, method in kept.items():
+            if method is None:
+                delattr(T, name)
+            else:
+                setattr(T, name, method)
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """The result of `func`, casts made fresh."""
-        kwargs = kwargs or {}
-        if func not in _CASTS:
-            return func(*args, **kwargs)
-        if func in _SHORT_CASTS and not kwargs:
-            return args[0].to(_SHORT_CASTS[func], copy=True)
-        if func is torch.Tensor.to and "copy" not in kwargs:
-            if not any(isinstance(a, bool) for a in args[1:]):
-                return args[0].to(*args[1:], **kwargs, copy=True)
-        if func is torch.Tensor.type_as:
-            return args[0].to(args[1].dtype, copy=True)
-        return func(*args, **kwargs)
+
+def _short(plain: Any, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+    def cast(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return plain(tensor, *args, **kwargs)
+        return _TO(tensor, dtype, copy=True)
+
+    return cast
+
+
+def _fresh_to(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    if "copy" in kwargs or any(isinstance(a, bool) for a in args):
+        return _TO(tensor, *args, **kwargs)
+    return _TO(tensor, *args, **kwargs, copy=True)
+
+
+def _fresh_type_as(tensor: torch.Tensor, other: torch.Tensor) -> Any:
+    return _TO(tensor, other.dtype, copy=True)
 
 
 class CallLog(TorchFunctionMode):
@@ -177,15 +198,18 @@ def _memory(tensor: torch.Tensor) -> int:
 
 
 @contextlib.contextmanager
-def tracing(fresh_casts: bool) -> Iterator[None]:
-    """Export under one attention kernel, with gradients on and no ambient autocast.
+def tracing(fresh: bool, math: bool) -> Iterator[None]:
+    """Export with gradients on and no ambient autocast; `fresh` keeps identity casts apart.
 
-    Other kernels give other strides, and a `contiguous` that is needed elsewhere would vanish.
+    The kernel that torch picks for attention gives its result other strides than the plain one
+    has, so a `contiguous` behind it may be traced as nothing. That matters only to code that
+    writes through it, which `math` is for: it costs a third of the whole trace.
     """
     with (
+        flat_regions(),
         torch.enable_grad(),
         torch.autocast("cpu", enabled=False),
-        sdpa_kernel(SDPBackend.MATH),
-        FreshCasts() if fresh_casts else contextlib.nullcontext(),
+        sdpa_kernel(SDPBackend.MATH) if math else contextlib.nullcontext(),
+        fresh_casts() if fresh else contextlib.nullcontext(),
     ):
         yield

@@ -16,11 +16,15 @@ import torch
 from torch import fx, nn
 from torch.export.graph_signature import InputKind
 
+from lensfx.capture.autocast import SWITCHES, Autocast
+from lensfx.capture.decide import Decision
 from lensfx.capture.functional import functionalise
 from lensfx.capture.no_ops import drop_no_ops
+from lensfx.capture.paths import drop_settled, guard_path
 from lensfx.errors import CaptureError
 from lensfx.graph.names import name_nodes
-from lensfx.graph.node import argument, is_op, memory_of, module_path, op_name, source_line, where
+from lensfx.graph.node import argument, is_op, memory_of, module_path, op_name, where
+from lensfx.graph.opaque import is_opaque, opaque_of
 from lensfx.graph.ops import constructs, is_impure, writes
 from lensfx.graph.program import remove_dead
 from lensfx.graph.signature import Leaf
@@ -50,16 +54,21 @@ def normal_form(
     model: nn.Module,
     leaves: Sequence[Leaf],
     constants: Sequence[Any],
+    decisions: Sequence[Decision] = (),
 ) -> tuple[fx.Graph, Mapping[str, torch.Tensor], tuple[str, ...], Mapping[str, str]]:
     """The graph, its tensors by name, parameter names nobody reads, and the alias of each name.
+
+    The last results of `exported` are the values behind `decisions`; a guard on each is put where
+    it is known, unless no input and no state has a say in it.
 
     Raises: CaptureError for regions and mutations that have no functional form.
     """
     builder = _Builder(exported, model, leaves)
-    graph = builder.build(constants)
+    graph = builder.build(constants, decisions)
     functionalise(graph)
     _refuse_parameter_writes(graph, builder.tensors)
     drop_no_ops(graph)
+    drop_settled(graph)
     remove_dead(graph)
     mark_weights(graph)
     name_nodes(graph)
@@ -88,7 +97,9 @@ class _Builder:
         self._reads: dict[str, fx.Node] = {}
         self._anchor: fx.Node | None = None
         self._no_grad: dict[fx.Node, None] = {}
+        self._detached: dict[fx.Node, fx.Node] = {}
         self._depth = 0
+        self._autocast = Autocast(self.tensors)
         named = [
             *model.named_parameters(remove_duplicate=False),
             *model.named_buffers(remove_duplicate=False),
@@ -98,7 +109,7 @@ class _Builder:
         for name, tensor in named:
             self._aliases.setdefault(id(tensor), []).append(name)
 
-    def build(self, constants: Sequence[Any]) -> fx.Graph:
+    def build(self, constants: Sequence[Any], decisions: Sequence[Decision]) -> fx.Graph:
         env: dict[fx.Node, Any] = {}
         specs = {
             spec.arg.name: spec
@@ -116,7 +127,7 @@ class _Builder:
                     self._state[node.name] = self._lifted(spec)
                     env[node] = _Lazy(node)
         self._copy(self.exported.graph, env, self.exported.graph_module)
-        self._output(env, constants)
+        self._output(env, constants, decisions)
         self._refuse_gradless_writes()
         return self.graph
 
@@ -165,6 +176,9 @@ class _Builder:
         for node in source.nodes:
             if node.op in ("placeholder", "output") or is_op(node, *ASSERTS):
                 continue
+            if is_op(node, *SWITCHES):
+                self._switch(node)
+                continue
             if node.op == "get_attr":
                 env[node] = getattr(owner, str(node.target))
             elif node.op != "call_function":
@@ -176,12 +190,22 @@ class _Builder:
             else:
                 env[node] = self._twin(node, env)
 
+    def _switch(self, node: fx.Node) -> None:
+        """Enter or leave a region that torch has written as a pair of calls."""
+        if is_op(node, torch._C._set_grad_enabled):
+            self._depth = int(not node.args[0])
+        elif is_op(node, torch.amp.autocast_mode._enter_autocast):
+            settings: list[Any] = list(node.args[:3])
+            self._autocast.enter(*settings)
+        else:
+            self._autocast.leave()
+
     def _twin(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> fx.Node:
         def known(n: fx.Node) -> Any:
             value = env[n]
             if isinstance(value, _Lazy):
                 return self._read(value.node, node)
-            return value
+            return self._outside(value)
 
         twin = self.graph.node_copy(node, known)
         stack = {
@@ -194,19 +218,17 @@ class _Builder:
             "stack_trace": node.meta.get("stack_trace"),
             "nn_module_stack": stack,
         }
+        if is_opaque(node):
+            # The call lives as long as some graph holds it.
+            twin.meta["opaque"] = opaque_of(str(node.args[0]))
         if self._depth:
             self._no_grad[twin] = None
+        self._autocast.write_out(twin)
         return twin
 
     def _inline(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> list[Any]:
         kind = _region(node)
         args: list[Any] = list(node.args)
-        if kind == "autocast" and args[2]:
-            raise CaptureError(
-                "the model enters an autocast region",
-                at=_region_line(args[4], env),
-                hint="write the casts out: x.to(torch.bfloat16)",
-            )
         first = 4 if kind == "autocast" else 1
         module, given = env[args[first]], args[first + 1 :]
         detached = kind == "grad" and not args[0]
@@ -215,7 +237,12 @@ class _Builder:
         for holder, value in zip(holders, given, strict=True):
             inner[holder] = env[value] if isinstance(value, fx.Node) else value
         self._depth += detached
+        settings = args[:3] if kind == "autocast" else None
+        if settings:
+            self._autocast.enter(*settings)
         self._copy(module.graph, inner, module)
+        if settings:
+            self._autocast.leave()
         self._depth -= detached
         results = module.graph.output_node().args[0]
         return [self._result(r, inner, detached) for r in results]
@@ -224,8 +251,17 @@ class _Builder:
         made = inner[value] if isinstance(value, fx.Node) else value
         if isinstance(made, _Lazy):
             made = self._read(made.node, made.node)
-        if not detached or not isinstance(made, fx.Node):
-            return made
+        return self._detach(made) if detached and isinstance(made, fx.Node) else made
+
+    def _outside(self, value: Any) -> Any:
+        """What stands for a value made under no_grad where gradients are on."""
+        if self._depth or value not in self._no_grad:
+            return value
+        if value not in self._detached:
+            self._detached[value] = self._detach(value)
+        return self._detached[value]
+
+    def _detach(self, made: fx.Node) -> fx.Node:
         val = made.meta["val"]
         if not isinstance(val, torch.Tensor) or not val.is_floating_point():
             return made
@@ -255,12 +291,18 @@ class _Builder:
                         hint="write it out of place: `x = x + (new - x).detach()`",
                     )
 
-    def _output(self, env: Mapping[fx.Node, Any], constants: Sequence[Any]) -> None:
-        results = self.exported.graph.output_node().args[0]
-        given = iter(
-            _resolve(self, r, env)
-            for r in results[len(results) - sum(c is None for c in constants) :]
-        )
+    def _output(
+        self,
+        env: Mapping[fx.Node, Any],
+        constants: Sequence[Any],
+        decisions: Sequence[Decision],
+    ) -> None:
+        made: tuple[Any, ...] = tuple(self.exported.graph.output_node().args[0])
+        traced = len(made) - len(decisions)
+        for k, (value, decision) in enumerate(zip(made[traced:], decisions, strict=True)):
+            guard_path(self.graph, _resolve(self, value, env), decision, k)
+        first = traced - sum(c is None for c in constants)
+        given = iter(_resolve(self, r, env) for r in made[first:traced])
         flat = tuple(next(given) if c is None else c.value for c in constants)
         node = self.graph.output(flat)
         node.meta["val"] = tuple(v.meta["val"] if isinstance(v, fx.Node) else v for v in flat)
@@ -275,7 +317,9 @@ class _Lazy:
 
 def _resolve(builder: _Builder, value: Any, env: Mapping[fx.Node, Any]) -> Any:
     made = env[value] if isinstance(value, fx.Node) else value
-    return builder._read(made.node, made.node) if isinstance(made, _Lazy) else made
+    if isinstance(made, _Lazy):
+        return builder._read(made.node, made.node)
+    return builder._outside(made) if isinstance(made, fx.Node) else made
 
 
 def _region(node: fx.Node) -> str:
@@ -291,11 +335,6 @@ def _region(node: fx.Node) -> str:
             hint="replace it by plain tensor code in this model",
         )
     return ""
-
-
-def _region_line(module_node: Any, env: Mapping[fx.Node, Any]) -> str:
-    nodes = [n for n in env[module_node].graph.nodes if n.op == "call_function"]
-    return source_line(nodes[0]) if nodes else ""
 
 
 def _path(node: fx.Node) -> str:
@@ -335,7 +374,7 @@ def mark_weights(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.op == "get_attr":
             node.meta["weight"] = node not in written
-        elif node.op == "call_function" and not is_impure(node):
+        elif node.op == "call_function" and not is_impure(node) and not is_opaque(node):
             inputs = node.all_input_nodes
             node.meta["weight"] = constructs(node) or (
                 bool(inputs) and all(n.meta.get("weight") for n in inputs)

@@ -8,14 +8,14 @@ import random
 import sys
 import types
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import is_
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["holds_tensors", "seeded", "untouched"]
+__all__ = ["hides_tensors", "holds_tensors", "seeded", "untouched"]
 
 # Deep enough for a list in a hook's closure or in a helper object, too shallow for what merely
 # hangs off a module, such as the optimizer state of a trainer that the module points to.
@@ -25,8 +25,12 @@ _OPAQUE = (type, types.ModuleType, str, bytes, int, float, torch.dtype, torch.de
 
 
 @contextlib.contextmanager
-def untouched(model: nn.Module, call: Any = ()) -> Iterator[Callable[[], list[str]]]:
-    """Put the model into eval mode inside; afterwards every attribute, tensor and flag is back.
+def untouched(
+    model: nn.Module, call: Any = (), training: bool = False
+) -> Iterator[Callable[[], list[str]]]:
+    """Put the model into a mode inside; afterwards every attribute, tensor and flag is back.
+
+    In training mode, a model that already trains keeps its flags: some parts may be frozen.
 
     Tracing leaves fake tensors wherever a forward keeps something, in the objects of its `call`
     too, and a real run updates buffers and counters. Parameters are not copied; see
@@ -34,23 +38,25 @@ def untouched(model: nn.Module, call: Any = ()) -> Iterator[Callable[[], list[st
     returns the names of what had changed.
     """
     before = _State([*model.modules(), call])
+    keep = training and model.training
+    flags = [m.training if keep else training for m in model.modules()]
 
     def restore() -> list[str]:
         changed = before.restore()
-        _prepare(model)
+        _prepare(model, flags)
         return changed
 
     try:
         with _random_state_kept(model):
-            _prepare(model)
+            _prepare(model, flags)
             yield restore
     finally:
         before.restore()
 
 
-def _prepare(model: nn.Module) -> None:
-    for m in model.modules():
-        m.training = False
+def _prepare(model: nn.Module, flags: Sequence[bool]) -> None:
+    for m, training in zip(model.modules(), flags, strict=True):
+        m.training = training
         # A module compiled in place would be compiled anew under tracing.
         m.__dict__["_compiled_call_impl"] = None
 
@@ -120,6 +126,11 @@ def holds_tensors(value: Any) -> bool:
     return any(isinstance(v, symbols) for v in _reachable([value]))
 
 
+def hides_tensors(value: Any) -> bool:
+    """Whether a leaf of a result holds tensors, or makes them when it is read."""
+    return isinstance(value, Iterator) or holds_tensors(value)
+
+
 def _reachable(roots: Iterable[Any]) -> Iterator[Any]:
     """Containers, cells, tensors and symbols that can be reached in a few steps, each once."""
     here, seen = list(roots), set()
@@ -170,30 +181,34 @@ def _filled(cell: types.CellType) -> bool:
 
 
 def _copied(container: Any) -> Any:
-    return list(container.items()) if isinstance(container, dict) else list(container)
+    if isinstance(container, dict):
+        return list(container), list(container.values())
+    return list(container)
 
 
 def _refill(container: Any, kept: Any) -> list[str]:
     if isinstance(container, types.CellType):
         container.cell_contents = kept
         return []
-    now = _copied(container)
     if isinstance(container, dict):
-        return _refill_dict(container, now, kept)
+        return _refill_dict(container, *kept)
+    now = _copied(container)
     if len(now) != len(kept) or not all(map(is_, now, kept)):
         container.clear()
         (container.update if isinstance(container, set) else container.extend)(kept)
     return []
 
 
-def _refill_dict(container: dict[Any, Any], now: list[Any], kept: list[Any]) -> list[str]:
-    old, new = ({k: id(v) for k, v in items} for items in (kept, now))
-    if list(old.items()) == list(new.items()):
+def _refill_dict(container: dict[Any, Any], keys: list[Any], values: list[Any]) -> list[str]:
+    same = len(container) == len(keys) and all(map(is_, container.values(), values))
+    if same and all(map(is_, container, keys)):
         return []
+    new = {k: id(v) for k, v in container.items()}
+    old = {k: id(v) for k, v in zip(keys, values, strict=True)}
     # A subclass may do more in its own methods than keep items.
     kind: Any = OrderedDict if isinstance(container, OrderedDict) else dict
     kind.clear(container)
-    for key, value in kept:
+    for key, value in zip(keys, values, strict=True):
         kind.__setitem__(container, key, value)
     # Keys that are no names, such as those of hooks, would tell a reader nothing.
     return [k for k in {**old, **new} if isinstance(k, str) and old.get(k) != new.get(k)]
@@ -203,4 +218,4 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors hold the same numbers, NaN counted as equal to NaN."""
     if a.shape != b.shape:
         return False
-    return bool(((a == b) | ((a != a) & (b != b))).all())
+    return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())

@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
 
 from lensfx.errors import GuardError
 
-__all__ = ["Axis", "Guards"]
+__all__ = ["Axis", "Guards", "Limit", "LimitError"]
 
 _ATOM = re.compile(r"\d+|t\[\d+\]\.shape\[\d+\]")
 _SIZE = re.compile(r"L\['leaves'\]\[(\d+)\]\.size\(\)\[(\d+)\]")
@@ -37,6 +37,30 @@ class Axis:
     high: int = _INFINITE
 
 
+class LimitError(GuardError):
+    """An input is larger than a table of the model has rows: the model would fail as well."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A count, as code over `t[leaf].shape[axis]`, and the rows of the table that it indexes."""
+
+    code: str
+    rows: int
+    table: str
+    line: str = ""
+
+    def check(self, tensors: Sequence[torch.Tensor], names: Sequence[str]) -> None:
+        """Pass if the table has rows enough. Raises: LimitError."""
+        count = eval(self.code, _NAMESPACE, {"t": tensors})
+        if count > self.rows:
+            raise LimitError(
+                f"{_readable(self.code, names)} is {count}, and {self.table} has {self.rows} rows",
+                at=self.line,
+                hint=f"cut the input, so that {_readable(self.code, names)} is at most {self.rows}",
+            )
+
+
 @dataclass(frozen=True)
 class Guards:
     """The sizes and relations between sizes under which a graph is the model.
@@ -51,6 +75,7 @@ class Guards:
     dtypes: tuple[torch.dtype, ...]
     names: tuple[str, ...]
     contiguous: tuple[bool, ...] = ()
+    limits: tuple[Limit, ...] = ()
     _code: tuple[Any, ...] = ()
     _passed: set[Any] = field(default_factory=set, compare=False, repr=False)
 
@@ -74,6 +99,8 @@ class Guards:
         if key in self._passed:
             return
         self._check_kinds(tensors)
+        for limit in self.limits:
+            limit.check(tensors, self.names)
         for axis in self.axes:
             self._check_axis(axis, tensors[axis.leaf].shape[axis.axis])
         for text, code in zip(self.relations, self._code, strict=True):
@@ -127,6 +154,18 @@ class Guards:
                 f"{axis.label} is {size}; the captured graph is the model only for {bound}",
                 hint=f"capture again with an example where {axis.label} is {size}",
             )
+
+    def with_limits(self, limits: Sequence[Limit]) -> Guards:
+        """These guards and limits; one on a size alone also bounds the axis."""
+        bounds = {limit.code: limit.rows for limit in limits}
+        axes = []
+        for axis in self.axes:
+            named = f"t[{axis.leaf}].shape[{axis.axis}]"
+            same = [a for a in self.axes if a.symbol == axis.symbol]
+            if axis.symbol is not None:
+                named = f"t[{same[0].leaf}].shape[{same[0].axis}]"
+            axes.append(replace(axis, high=min(axis.high, bounds.get(named, axis.high))))
+        return replace(self, axes=tuple(axes), limits=tuple(limits), _passed=set())
 
     def with_relations(self, codes: Sequence[str]) -> Guards:
         """These guards and more relations, given as code over `t[leaf].shape[axis]`."""

@@ -8,7 +8,9 @@ from typing import Any, TypeVar
 import torch
 from torch import fx
 
+from lensfx.graph.choice import is_choice
 from lensfx.graph.node import argument, is_op, schema_names
+from lensfx.graph.opaque import is_opaque, opaque_of
 
 __all__ = [
     "CASTS",
@@ -25,6 +27,7 @@ __all__ = [
     "readers",
     "reads_data",
     "writes",
+    "written_tensors",
 ]
 
 aten = torch.ops.aten
@@ -144,10 +147,26 @@ def writes(node: fx.Node) -> tuple[str, ...]:
     )
 
 
+def written_tensors(graph: fx.Graph) -> set[str]:
+    """The names of the program's tensors that a run of the graph changes in place."""
+    found = set()
+    for node in graph.nodes:
+        if node.op != "call_function" or not is_impure(node):
+            continue
+        # The schema of a batch norm does not say that it writes to its running statistics.
+        names = [*writes(node), *(n for n in schema_names(node.target) if n.startswith("running_"))]
+        for target in (argument(node, n) for n in names):
+            if isinstance(target, fx.Node) and target.op == "get_attr":
+                found.add(str(target.target))
+    return found
+
+
 def is_random(node: fx.Node) -> bool:
     """Whether running the node draws random numbers, decided from its arguments."""
     if node.op != "call_function":
         return False
+    if is_opaque(node):
+        return opaque_of(str(node.args[0])).random
     if node.target in DROPOUTS:
         return bool(argument(node, "train"))
     names = schema_names(node.target)
@@ -166,7 +185,7 @@ def is_impure(node: fx.Node) -> bool:
         return True
     if node.op != "call_function":
         return False
-    if writes(node) or is_random(node):
+    if writes(node) or is_random(node) or is_choice(node):
         return True
     if is_op(node, aten.batch_norm.default, aten.instance_norm.default):
         flag = "training" if is_op(node, aten.batch_norm.default) else "use_input_stats"

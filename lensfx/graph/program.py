@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from lensfx.errors import GuardError
 from lensfx.graph.guards import Guards
+from lensfx.graph.mode import EVAL, Mode, plain
 from lensfx.graph.ops import is_impure
 from lensfx.graph.signature import Signature
 
@@ -63,12 +65,16 @@ class Formula:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a program came from: the model's class, what capture noticed, names nobody reads."""
+    """What capture noticed: the model's class, notes, names nobody reads, modules left opaque.
+
+    `opaque` maps the path of each such module to what kept it from being traced.
+    """
 
     model: str
     notes: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
+    opaque: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,8 @@ class Program:
     reports: tuple[Any, ...] = ()
     stages: tuple[Stage, ...] = ()
     unfolded: Program | None = None
+    origin: Any = field(default=None, repr=False, compare=False)
+    mode: Mode = EVAL
 
     @cached_property
     def flat(self) -> fx.GraphModule:
@@ -116,7 +124,17 @@ class Program:
         """What the model returns on this call, of the same type."""
         tensors = self.signature.bind(args, kwargs)
         self.guards.check(tensors)
-        return self.signature.unflatten(list(self.flat(*tensors)))
+        self._check_mode()
+        with plain():
+            return self.signature.unflatten(list(self.flat(*tensors)))
+
+    def _check_mode(self) -> None:
+        here = Mode.ambient(self.mode.training)
+        if here != self.mode:
+            raise GuardError(
+                f"the program was captured under {self.mode}, and this call is under {here}",
+                hint="capture again inside the same torch.autocast block",
+            )
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """Each trainable tensor of the program once, in the order of first use."""

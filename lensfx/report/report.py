@@ -85,6 +85,8 @@ class Report:
         fixed = [f"{a.label} = {a.size}" for a in self.guards.specialised]
         if fixed:
             table.add_row(*_cells("fixed sizes", ", ".join(fixed)))
+        for path, why in self.source.opaque.items():
+            table.add_row(*_cells("opaque", f"{path}, because of {why}"))
         for note in self.source.notes:
             table.add_row(*_cells("note", note))
         return table

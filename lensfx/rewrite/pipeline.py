@@ -138,7 +138,7 @@ def _reported(
         for need in entry.needs
         if need.startswith("canonical") and need not in program.passes
     )
-    report = PassReport(entry.name, journal, _unique(refused), notes, entry.needs)
+    report = PassReport(entry.name, journal, _unique(refused), notes, entry.needs, entry)
     stage = (Stage(entry.name, entry, graph, journal),) if journal else ()
     return program.with_graph(
         graph,

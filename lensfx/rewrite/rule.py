@@ -57,6 +57,7 @@ class PassReport:
     refused: tuple[Refusal, ...] = ()
     notes: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
+    entry: Any = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)

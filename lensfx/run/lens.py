@@ -11,18 +11,19 @@ import networkx as nx
 import torch
 from torch import fx, nn
 
-from lensfx.errors import HookError, LensError
+from lensfx.errors import GuardError, HookError, LensError
+from lensfx.graph.choice import OtherPathError
+from lensfx.graph.mode import Mode, plain
 from lensfx.graph.network import to_networkx
 from lensfx.graph.program import Program
 from lensfx.report.report import Report
-from lensfx.run.axes import Axes
 from lensfx.run.cache import ActivationCache
 from lensfx.run.hooks import HookFunction, HookPoint
 from lensfx.run.module import as_module
-from lensfx.run.names import NameFilter, Names
+from lensfx.run.names import NameFilter
 from lensfx.run.registry import Registry, pairs
-from lensfx.run.sources import FoldedSources
-from lensfx.run.specialise import Request, Specialiser
+from lensfx.run.specialise import Request
+from lensfx.run.variants import Variant, Variants
 
 __all__ = ["Lens"]
 
@@ -36,19 +37,38 @@ class Lens:
     """
 
     def __init__(self, program: Program, report: Report | None = None) -> None:
-        self.program = program
-        self.report = report if report is not None else Report.of(program)
-        self._names = Names(program)
-        self._runs = Specialiser(program, self._names)
+        self._start(program, report)
         self._hooks = Registry(self._names)
-        self._sources = FoldedSources(program)
+        self.training = program.mode.training
+
+    def _start(self, program: Program, report: Report | None) -> None:
+        self._variants = Variants(program, report)
+        self._names = self._variants.main.names
+
+    @property
+    def program(self) -> Program:
+        """The rewritten program of the call that was wrapped."""
+        return self._variants.main.program
+
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        """Every program captured so far: one for each mode, path and kind of call that was met."""
+        return tuple(v.program for v in self._variants.all)
+
+    @property
+    def report(self) -> Report:
+        """What capture and the passes did, for the call that was wrapped."""
+        return self._variants.main.report
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the model returns on this call, of the same type, under the hooks now attached.
 
-        Raises: GuardError if the captured graph is not the model on this call.
+        A call that is off the captured path is captured too, with the same passes and the same
+        folded weights. Raises: GuardError if the model does not take the call, or if a hook
+        changes a value that decides the path.
         """
-        return self._run((), None, args, kwargs)[0]
+        variant, tensors = self._chosen(args, kwargs)
+        return self._run(variant, tensors, (), None)[0]
 
     @property
     def hook_names(self) -> list[str]:
@@ -77,21 +97,23 @@ class Lens:
         Raises: UnknownNameError, and LensError where a value lies behind the stop.
         """
         stop = self._stop(stop_at_layer)
-        names = self._kept(names_filter, stop)
+        self._names.resolve(names_filter)
+        variant, tensors = self._chosen(args, kwargs)
+        names = _kept(variant, names_filter, stop)
         grads: dict[str, torch.Tensor] = {}
-        keep_grads = self._collector(names, grads) if incl_bwd else {}
-        out, values = self._run(tuple(names), stop, args, kwargs, keep_grads)
+        keep_grads = _collector(variant, names, grads) if incl_bwd else {}
+        out, values = self._run(variant, tensors, tuple(names), stop, keep_grads)
         if incl_bwd:
             _scalar(out).backward()
         kept = {name: value.detach() for name, value in zip(names, values, strict=True)}
         kept |= {f"{name}_grad": grads[name] for name in names if name in grads}
         if pos_slice is not None:
-            kept = {k: self._axes.slice_positions(k, v, pos_slice) for k, v in kept.items()}
+            kept = {k: variant.axes.slice_positions(k, v, pos_slice) for k, v in kept.items()}
         if remove_batch_dim:
-            kept = {k: self._axes.drop_batch(k, v) for k, v in kept.items()}
+            kept = {k: variant.axes.drop_batch(k, v) for k, v in kept.items()}
         if device is not None:
             kept = {k: v.to(device) for k, v in kept.items()}
-        return out, ActivationCache(kept, self._names.all) if return_cache_object else kept
+        return out, ActivationCache(kept, variant.names.all) if return_cache_object else kept
 
     def run_with_hooks(
         self,
@@ -175,13 +197,39 @@ class Lens:
             raise LensError(f"there is no component graph of {component!r}", hint="component='ops'")
         return to_networkx(self.program)
 
-    @cached_property
-    def _axes(self) -> Axes:
-        return Axes(self.program, self._names)
+    def train(self, mode: bool = True) -> Lens:
+        """Run as the model does in training mode from now on; the lens itself.
+
+        The training graph is captured at the first call, with the same passes and the same
+        parameters. The wrapped model keeps its own mode, and what it keeps in eval mode while it
+        trains stays so.
+        """
+        self.training = bool(mode)
+        return self
+
+    def eval(self) -> Lens:
+        """Run as the model does in eval mode from now on; the lens itself."""
+        return self.train(False)
+
+    def to(self, *args: Any, **kwargs: Any) -> Lens:
+        """Move to a device, a dtype, or both, as `torch.nn.Module.to` takes them; the lens itself.
+
+        The lens becomes what wrapping the moved model gives: a copy of the model is moved and
+        captured again, so float32 islands in its code stay. The wrapped model is left alone, and
+        the parameters of the lens are new ones. What was written into the lens's own folded
+        parameters is carried over.
+
+        Raises: CaptureError if the model cannot be copied, or captured where it is moved to.
+        """
+        moved = self._variants.moved(*args, **kwargs)
+        self._start(moved.program, moved.report)
+        self._hooks.rename(self._names)
+        return self
 
     def parameters(self) -> list[nn.Parameter]:
         """Each trainable tensor once: the model's own objects, save those that a pass folded."""
-        return self.program.parameters()
+        found = [p for program in self.programs for p in program.parameters()]
+        return list({id(p): p for p in found}.values())
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The tensors of the program by name."""
@@ -194,27 +242,42 @@ class Lens:
             f"{len(names.all) - len(names.canonical)} native hook points)"
         )
 
+    def _chosen(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[Variant, list[torch.Tensor]]:
+        return self._variants.pick(args, kwargs, Mode.ambient(self.training))
+
     def _run(
         self,
+        variant: Variant,
+        tensors: list[torch.Tensor],
         keep: tuple[str, ...],
         stop: str | None,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
         grads: Mapping[str, HookFunction] | None = None,
     ) -> tuple[Any, tuple[torch.Tensor, ...]]:
-        tensors = self.program.signature.bind(args, kwargs)
-        self.program.guards.check(tensors)
-        self._sources.warn_if_changed()
+        variant.sources.warn_if_changed()
         active = self._hooks.active(grads or {})
         edited = frozenset(active.forward) | frozenset(active.backward) | frozenset(active.collect)
+        places = variant.names.places
+        if lost := sorted(edited - places.keys()):
+            raise variant.names.unknown(lost[0])
         if stop is not None:
-            upstream = self._runs.upstream(stop)
-            edited = frozenset(n for n in edited if self._names.places[n].node in upstream)
-        run = self._runs(Request(keep, edited, stop))
-        flat = run(tensors, active)
+            upstream = variant.runs.upstream(stop)
+            edited = frozenset(n for n in edited if places[n].node in upstream)
+        run = variant.runs(Request(keep, edited, stop))
+        try:
+            with plain():
+                flat = run(tensors, active)
+        except OtherPathError as error:
+            raise GuardError(
+                f"a hook changes the path: what decides it is {error.value!r} under these hooks",
+                at=error.site,
+                hint="edit behind that line, or pass an input that takes the other path",
+            ) from None
         results, values = flat[: run.results], flat[run.results :]
-        out = results[0] if stop is not None else self.program.signature.unflatten(list(results))
-        return out, values
+        if stop is not None:
+            return results[0], values
+        return variant.program.signature.unflatten(list(results)), values
 
     def _stop(self, layer: int | None) -> str | None:
         if layer is None:
@@ -233,30 +296,32 @@ class Lens:
             return f"blocks.{count - 1}.hook_resid_post"
         return f"blocks.{index}.hook_resid_pre"
 
-    def _kept(self, wanted: NameFilter, stop: str | None) -> list[str]:
-        names = self._names.resolve(wanted)
-        if stop is None:
-            return names
-        upstream = self._runs.upstream(stop)
-        inside = [n for n in names if self._names.places[n].node in upstream]
-        explicit = wanted is not None and not callable(wanted)
-        if explicit and len(inside) < len(names):
-            late = next(n for n in names if n not in inside)
-            raise LensError(
-                f"{late} is not computed before {stop}, where this run stops",
-                hint="ask for a later stop_at_layer, or for names before it",
-            )
-        return inside
 
-    def _collector(
-        self, names: Sequence[str], grads: dict[str, torch.Tensor]
-    ) -> dict[str, HookFunction]:
-        def collect(grad: torch.Tensor, hook: HookPoint) -> None:
-            # A leaf behind the value may keep this very tensor as its `grad` and add to it later.
-            grads[hook.name] = grad.detach().clone()
+def _kept(variant: Variant, wanted: NameFilter, stop: str | None) -> list[str]:
+    names = variant.names.resolve(wanted)
+    if stop is None:
+        return names
+    upstream = variant.runs.upstream(stop)
+    inside = [n for n in names if variant.names.places[n].node in upstream]
+    explicit = wanted is not None and not callable(wanted)
+    if explicit and len(inside) < len(names):
+        late = next(n for n in names if n not in inside)
+        raise LensError(
+            f"{late} is not computed before {stop}, where this run stops",
+            hint="ask for a later stop_at_layer, or for names before it",
+        )
+    return inside
 
-        live = self._runs.upstream_of_outputs()
-        return {n: collect for n in names if self._names.places[n].node in live}
+
+def _collector(
+    variant: Variant, names: Sequence[str], grads: dict[str, torch.Tensor]
+) -> dict[str, HookFunction]:
+    def collect(grad: torch.Tensor, hook: HookPoint) -> None:
+        # A leaf behind the value may keep this very tensor as its `grad` and add to it later.
+        grads[hook.name] = grad.detach().clone()
+
+    live = variant.runs.upstream_of_outputs()
+    return {n: collect for n in names if variant.names.places[n].node in live}
 
 
 def _scalar(out: Any) -> torch.Tensor:

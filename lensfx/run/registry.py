@@ -88,6 +88,10 @@ class Registry:
         by_name = name is not None and not callable(name)
         return Attached(tuple(self._names.resolve(name)), fn, direction, permanent, by_name)
 
+    def rename(self, names: Names) -> None:
+        """Check what is attached from now on against these names."""
+        self._names = names
+
     def add(self, entry: Attached, prepend: bool = False) -> None:
         """Attach a checked hook, behind all others or before them."""
         self._attached.insert(0 if prepend else len(self._attached), entry)

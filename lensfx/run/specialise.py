@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from lensfx.graph.choice import is_choice
 from lensfx.graph.compiled import closure, compiled
 from lensfx.graph.node import argument, is_op
-from lensfx.graph.ops import is_hook, is_random, writes
+from lensfx.graph.ops import is_hook, is_impure
 from lensfx.graph.program import Program
 from lensfx.run.hooks import Active, visit
 from lensfx.run.names import Names, Place
@@ -88,8 +89,12 @@ class _Derivation:
     def run(self) -> Run:
         results = self._results()
         roots = [n for n in results if isinstance(n, fx.Node)] + list(self.at)
+        nodes = list(self.program.graph.nodes)
         if self.request.stop is None:
-            roots += [n for n in self.program.graph.nodes if _has_effect(n)]
+            roots += [n for n in nodes if _has_effect(n)]
+        else:
+            before = nodes[: nodes.index(self.names.places[self.request.stop].node)]
+            roots += [n for n in before if is_choice(n)]
         needed = closure(roots)
         self._interface(needed)
         for node in self.program.graph.nodes:
@@ -194,4 +199,4 @@ def _borrows(place: Place) -> bool:
 
 
 def _has_effect(node: fx.Node) -> bool:
-    return node.op == "call_function" and bool(writes(node) or is_random(node))
+    return node.op == "call_function" and is_impure(node)

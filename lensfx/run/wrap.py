@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -36,6 +36,8 @@ def wrap(
     *args: Any,
     passes: str | Iterable[Pass] | None = "default",
     verify: bool = True,
+    opaque: Sequence[Any] = (),
+    strict: bool = False,
     **kwargs: Any,
 ) -> Lens:
     """The model as a lens, captured on one example call, rewritten, and proved equivalent.
@@ -47,10 +49,13 @@ def wrap(
     weight is a new parameter of the lens, so gradients and later changes of the original do not
     meet it.
 
+    A call off the captured path, of other sizes or in training mode is captured when it comes.
+    `opaque` and `strict` are those of `capture`.
+
     Raises: CaptureError, PipelineError, and ContractError if a pass breaks its contract.
     """
     pipeline = Pipeline(_chosen(passes))
-    program = pipeline.run(capture(model, *args, **kwargs))
+    program = pipeline.run(capture(model, *args, opaque=opaque, strict=strict, **kwargs))
     return Lens(program, Report.of(program, prove(program) if verify else None))
 
 

@@ -1,8 +1,5 @@
 """Run any callable in float64, as if it had been written that way, and leave no trace.
 
-    with Float64() as oracle:
-        out = oracle.read(model(ids))
-
 Two modes do the work. One sits below autograd and sees every operator: it widens each floating
 tensor and each dtype argument that names a smaller float. The other sits above, at the Python
 call, for what is decided before the operators are reached: the dtype of a `torch.tensor`, the
@@ -29,6 +26,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from lensfx.errors import LensError
+from lensfx.graph.opaque import opaque_of
 
 __all__ = ["Float64"]
 
@@ -294,6 +292,9 @@ class _Calls(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Args = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
+        if func is torch.ops.lensfx.opaque.default:
+            with self:
+                return opaque_of(args[0]).forward(*args[1:])
         if isinstance(func, HigherOrderOperator):
             if func._name != "cond":
                 raise LensError(f"the operator {func._name} runs a program behind float64's back")

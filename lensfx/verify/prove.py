@@ -12,6 +12,7 @@ from torch import fx
 
 from lensfx.errors import ContractError
 from lensfx.graph.compiled import probe
+from lensfx.graph.ops import written_tensors
 from lensfx.graph.program import Program, Rewrite, Stage
 from lensfx.rewrite.pipeline import apply
 from lensfx.verify.compare import Difference, drift, rows
@@ -85,11 +86,13 @@ class _Probe:
 
     def __init__(self, graph: fx.Graph, names: Sequence[str] = (), *, exact: bool = False) -> None:
         self._function, self._weights = probe(graph, names)
+        self._written = written_tensors(graph)
         self._exact = exact
 
     def __call__(self, scenario: Scenario) -> list[Any]:
         """The values in float64, or if `exact` in the dtypes the scenario has."""
-        values = [scenario.weights[w] for w in self._weights]
+        own = scenario.weights
+        values = [own[w].clone() if w in self._written else own[w] for w in self._weights]
         inputs = [t.clone() for t in scenario.inputs]
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)

@@ -8,10 +8,38 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from . import encdec, hf, llamalike, nanogpt, oddities, xt
+from . import (
+    attentions,
+    branching,
+    containers,
+    encdec,
+    hf,
+    library_masks,
+    llamalike,
+    moe,
+    nanogpt,
+    oddities,
+    recurrent,
+    untraceable,
+    variants,
+    vision,
+    weights,
+    xt,
+    xt_more,
+)
 from .case import Case, Inputs, randomise
+from .stranger import Stranger
 
-__all__ = ["CASES", "TRAINED", "Case", "Inputs", "randomise", "selfcheck"]
+__all__ = [
+    "CASES",
+    "STRANGERS",
+    "TRAINED",
+    "Case",
+    "Inputs",
+    "Stranger",
+    "randomise",
+    "selfcheck",
+]
 
 CASES: dict[str, Case] = {
     case.name: case
@@ -20,6 +48,24 @@ CASES: dict[str, Case] = {
 }
 # Apart, because one of these takes longer than all of the tiny models together.
 TRAINED: dict[str, Case] = {case.name: case for case in hf.TRAINED}
+# Models of all kinds, which are captured, but not folded, hooked and proved like the CASES.
+STRANGERS: dict[str, Stranger] = {
+    stranger.name: stranger
+    for family in (
+        variants,
+        attentions,
+        moe,
+        recurrent,
+        vision,
+        containers,
+        weights,
+        branching,
+        library_masks,
+        untraceable,
+        xt_more,
+    )
+    for stranger in family.STRANGERS
+}
 
 
 def selfcheck() -> bool:

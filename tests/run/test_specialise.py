@@ -33,7 +33,7 @@ def lens() -> lensfx.Lens:
 
 def latest(lens: lensfx.Lens) -> Run:
     """What the last call ran."""
-    return next(reversed(lens._runs._runs.values()))
+    return next(reversed(lens._variants.main.runs._runs.values()))
 
 
 def nodes(lens: lensfx.Lens, **request: Any) -> int:
@@ -166,7 +166,7 @@ def test_many_requests_keep_few_runs_and_leave_nothing_behind(lens: lensfx.Lens)
     lines, objects = len(linecache.cache), len(gc.get_objects())
     ask(60, 300)
     gc.collect()
-    assert len(lens._runs._runs) == KEPT
+    assert len(lens._variants.main.runs._runs) == KEPT
     assert len(linecache.cache) == lines
     # A run left behind is some hundred objects; 240 of them would show.
     assert len(gc.get_objects()) - objects < 2000

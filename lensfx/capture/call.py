@@ -1,0 +1,193 @@
+"""An example call taken apart into tensors and constants, and the model as a flat function of it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from operator import is_not
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from lensfx.capture.decide import Decisions
+from lensfx.capture.untouched import holds_tensors
+from lensfx.errors import CaptureError
+from lensfx.graph.mode import EVAL, Mode
+from lensfx.graph.signature import Leaf, Signature, outline
+
+__all__ = ["Call", "Flat", "Seen", "kind_of", "output_names", "taken_apart", "widenings"]
+
+_SYMBOLS = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+@dataclass
+class Seen:
+    """What a call of the flat model showed besides tensors; kept outside the module tree."""
+
+    out_spec: Any = None
+    constants: tuple[Any, ...] = ()
+    rewrote_arguments: bool = False
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A leaf of the model's result that no tensor decides."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class Call:
+    """An example call, taken apart: its input tree, the tensors in it, what a run of it showed."""
+
+    forward: inspect.Signature
+    positional: tuple[str, ...]
+    keywords: tuple[str, ...]
+    in_spec: pytree.TreeSpec
+    leaves: tuple[Leaf, ...]
+    example: tuple[torch.Tensor, ...]
+    out_spec: Any = None
+    contiguous: tuple[bool, ...] = ()
+    notes: tuple[str, ...] = ()
+    mode: Mode = EVAL
+
+    @property
+    def signature(self) -> Signature:
+        """How calls bind to a program."""
+        inputs = (self.forward, self.positional, self.keywords, self.in_spec, self.leaves)
+        return Signature(*inputs, self.out_spec, output_names(self.out_spec))
+
+
+class Flat(nn.Module):
+    """The model as a function from a list of tensors to a list of tensors and sizes.
+
+    With `decisions` the result also holds, behind all else, each value that decided a branch.
+    """
+
+    def __init__(
+        self, model: nn.Module, call: Call, seen: Seen, decisions: Decisions | None = None
+    ) -> None:
+        super().__init__()
+        self.model = model
+        # In a tuple, since what is an attribute of a module is searched and restored by torch.
+        self._call = (call, seen, decisions)
+
+    def forward(self, leaves: list[torch.Tensor]) -> list[Any]:
+        """The leaves of the model's result that depend on the call."""
+        call, seen, decisions = self._call
+        given = iter(leaves)
+        flat = [next(given) if leaf.is_tensor else leaf.constant for leaf in call.leaves]
+        args, kwargs = pytree.tree_unflatten(flat, call.in_spec)
+        held = [(m._buffers, name, b) for m in self.model.modules() for name, b in _held(m)]
+        with call.mode.entered():
+            if decisions is None:
+                result = self.model(*args, **kwargs)
+            else:
+                with decisions:
+                    result = self.model(*args, **kwargs)
+        left = pytree.tree_leaves((args, kwargs))
+        seen.rewrote_arguments = len(left) != len(flat) or any(map(is_not, left, flat))
+        # A torch.Size holds no symbols, so tracing returns a tuple in its place.
+        result = pytree.tree_map_only(torch.Size, tuple, result)
+        out, seen.out_spec = pytree.tree_flatten(result)
+        for buffers, name, old in held:
+            _write_back(buffers, name, old)
+        seen.constants = tuple(None if isinstance(v, _SYMBOLS) else Constant(v) for v in out)
+        decided = [] if decisions is None else decisions.values
+        return [*(v for v in out if isinstance(v, _SYMBOLS)), *decided]
+
+
+def _held(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [(name, b) for name, b in module._buffers.items() if b is not None]
+
+
+def _write_back(buffers: dict[str, Any], name: str, old: torch.Tensor) -> None:
+    """Make `self.steps = self.steps + 1` a write into the buffer, which a graph can hold."""
+    new = buffers.get(name)
+    if new is not old and new is not None and new.shape == old.shape and new.dtype == old.dtype:
+        with torch.no_grad():
+            old.copy_(new)
+        buffers[name] = old
+
+
+def taken_apart(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mode: Mode
+) -> Call:
+    """The call by the model's own signature.
+
+    Raises: CaptureError if the signature does not take it, or an argument hides tensors.
+    """
+    forward = inspect.signature(model.forward)
+    try:
+        named, positional, keywords = Signature.split(forward, args, kwargs)
+    except TypeError as error:
+        raise CaptureError(
+            f"{type(model).__name__}.forward does not accept this call: {error}",
+            hint=f"the signature is {forward}",
+        ) from None
+    tree = (tuple(named[n] for n in positional), {n: named[n] for n in keywords})
+    flat, spec = pytree.tree_flatten(tree)
+    leaves = tuple(_leaves(tree, positional))
+    for leaf in leaves:
+        if not leaf.is_tensor and holds_tensors(leaf.constant):
+            kind = type(leaf.constant).__name__
+            raise CaptureError(
+                f"{leaf.name} is an object of type {kind}, in which torch sees no tensors",
+                hint=f"pass the tensors in lists or dicts, or register {kind} as a pytree node",
+            )
+    tensors = (v.detach() for v in flat if isinstance(v, torch.Tensor))
+    example = tuple(v.clone() if v.is_inference() else v for v in tensors)
+    return Call(forward, positional, keywords, spec, leaves, example, mode=mode)
+
+
+def _leaves(tree: Any, positional: Sequence[str]) -> Iterator[Leaf]:
+    for path, value in pytree.tree_flatten_with_path(tree)[0]:
+        keys: Any = path
+        side, first, *rest = keys
+        head = positional[first.idx] if side.idx == 0 else str(first.key)
+        name = head + pytree.keystr(tuple(rest))
+        if isinstance(value, torch.Tensor):
+            yield Leaf(name, True)
+        else:
+            yield Leaf(name, False, value)
+
+
+def kind_of(spec: pytree.TreeSpec) -> str:
+    """A tree as text, a star for each leaf."""
+    return outline(pytree.tree_unflatten([0] * spec.num_leaves, spec))
+
+
+def _path_name(path: Sequence[Any]) -> str:
+    head, *rest = path
+    first = str(getattr(head, "key", getattr(head, "idx", head)))
+    return first + pytree.keystr(tuple(rest))
+
+
+def output_names(spec: Any) -> tuple[str, ...]:
+    """A name for each leaf of the model's result: `logits`, `0`, `hidden[2]`."""
+    tree = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    paths = [p for p, _ in pytree.tree_flatten_with_path(tree)[0]]
+    return tuple(_path_name(p) if p else "output" for p in paths)
+
+
+def widenings(example: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The example with its axes of size 1 made larger: all of them, then fewer, then none.
+
+    Torch specialises an axis whose example size is 1. An axis that is 1 by nature makes the
+    model fail when it is widened, so the next choice leaves it alone.
+    """
+    ones = sorted({d for t in example for d, size in enumerate(t.shape) if size == 1})
+    sizes = {d: (2, 3, 5, 7, 11, 13)[d % 6] for d in ones}
+    choices = [ones, *([d] for d in ones if len(ones) > 1), []]
+    for chosen in choices if ones else [[]]:
+        yield tuple(_widen(t, {d: sizes[d] for d in chosen}) for t in example)
+
+
+def _widen(tensor: torch.Tensor, sizes: dict[int, int]) -> torch.Tensor:
+    for axis, size in sizes.items():
+        if axis < tensor.ndim and tensor.shape[axis] == 1:
+            tensor = tensor.repeat_interleave(size, axis)
+    return tensor

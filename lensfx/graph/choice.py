@@ -1,0 +1,68 @@
+"""A guard on a value, in the graph: the path was taken because the value was what it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from lensfx.errors import GuardError
+
+__all__ = ["OtherPathError", "choices", "decided", "is_choice"]
+
+_LIBRARY = torch.library.Library("lensfx", "FRAGMENT")
+_LIBRARY.define(
+    "decided(Tensor value, Scalar expected, str site, int index, float slack=0.0) -> ()"
+)
+
+
+class OtherPathError(GuardError):
+    """This call takes a branch that is not in the graph.
+
+    `index` counts the decisions of the captured path, `value` is what decides on this call.
+    """
+
+    def __init__(self, index: int, site: str, expected: Any, value: Any) -> None:
+        super().__init__(
+            f"this call takes another path: what decides it is {value!r}, {expected!r} at capture",
+            at=site,
+            hint="capture again with this call as the example",
+        )
+        self.index = index
+        self.site = site
+        self.value = value
+
+
+@torch.library.impl(_LIBRARY, "decided", "CompositeExplicitAutograd")
+def _decided(value: torch.Tensor, expected: Any, site: str, index: int, slack: float = 0.0) -> None:
+    if value.is_meta:
+        return
+    got = value.item()
+    if got == expected or (got != got and expected != expected):
+        return
+    # A rewritten graph gives the same number up to rounding, and a number may be no condition
+    # but part of what is computed.
+    if slack and abs(got - expected) <= slack * abs(expected):
+        return
+    raise OtherPathError(index, site, expected, got)
+
+
+@torch.library.impl(_LIBRARY, "decided", "Meta")
+def _decided_nowhere(
+    value: torch.Tensor, expected: Any, site: str, index: int, slack: float = 0.0
+) -> None:
+    return None
+
+
+decided: Any = torch.ops.lensfx.decided.default
+
+
+def is_choice(node: fx.Node) -> bool:
+    """Whether the node checks that a call takes the captured path."""
+    return node.op == "call_function" and node.target is decided
+
+
+def choices(graph: fx.Graph) -> list[fx.Node]:
+    """The checks of the captured path, in the order of the run."""
+    return [n for n in graph.nodes if is_choice(n)]

@@ -1,0 +1,274 @@
+"""The programs of one lens: a call off the captured path is captured too, so answers stay right."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import fx
+
+from lensfx.capture import recapture
+from lensfx.errors import CaptureError, GuardError, LensError
+from lensfx.graph.choice import OtherPathError, choices
+from lensfx.graph.compiled import closure, compiled
+from lensfx.graph.guards import LimitError
+from lensfx.graph.mode import Mode, plain
+from lensfx.graph.node import module_path
+from lensfx.graph.ops import is_impure, written_tensors
+from lensfx.graph.program import Program
+from lensfx.report.report import Report
+from lensfx.rewrite.pipeline import Pipeline
+from lensfx.run.axes import Axes
+from lensfx.run.names import Names
+from lensfx.run.sources import FoldedSources
+from lensfx.run.specialise import Specialiser
+from lensfx.verify.prove import prove
+
+__all__ = ["Variant", "Variants"]
+
+KEPT = 16
+PATHS = 8
+
+
+class Variant:
+    """One program of a lens, and what is derived from it."""
+
+    def __init__(self, program: Program, report: Report | None = None) -> None:
+        self.program = program
+        self.report = report if report is not None else Report.of(program)
+        self.names = Names(program)
+        self.runs = Specialiser(program, self.names)
+        self.sources = FoldedSources(program)
+        folded = {name: program.tensors[name] for name in program.formulas}
+        self._folded = {name: (t, t._version) for name, t in folded.items()}
+
+    @cached_property
+    def axes(self) -> Axes:
+        """Which axes of its values are batch and position."""
+        return Axes(self.program, self.names)
+
+    def takes(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Pass if this call takes the path of the program, as far as no hook changes it.
+
+        Raises: OtherPathError.
+        """
+        if self._path is None:
+            return
+        forward, weights = self._path
+        with torch.no_grad(), plain(), self._unchanged():
+            forward(None, *tensors, *(self.program.tensors[w] for w in weights))
+
+    @cached_property
+    def _path(self) -> Any:
+        """The part of the graph that decides the path, with all it draws and writes on the way."""
+        graph = self.program.graph
+        found = choices(graph)
+        if not found:
+            return None
+        nodes = list(graph.nodes)
+        before = nodes[: nodes.index(found[-1]) + 1]
+        needed = closure([n for n in before if n.op == "call_function" and is_impure(n)])
+        new, env = fx.Graph(), {}
+        for node in nodes:
+            if node.op == "placeholder":
+                env[node] = new.placeholder(node.name)
+        reads = [n for n in nodes if n.op == "get_attr" and n in needed]
+        for node in reads:
+            env[node] = new.placeholder(node.name)
+        for node in before:
+            if node.op == "call_function" and node in needed:
+                env[node] = new.node_copy(node, lambda n: env[n])
+        new.output(())
+        return compiled(new), [str(n.target) for n in reads]
+
+    def written_folds(self) -> dict[str, torch.Tensor]:
+        """The folded parameters that have been written to since they were folded."""
+        return {n: t for n, (t, version) in self._folded.items() if t._version != version}
+
+    @contextlib.contextmanager
+    def _unchanged(self) -> Iterator[None]:
+        """Put back the random state and whatever the graph writes to."""
+        kept = [(t, t.detach().clone()) for t in self._written]
+        devices = {t.device for t in self.program.tensors.values() if t.device.type == "cuda"}
+        try:
+            with torch.random.fork_rng(devices=list(devices)):
+                yield
+        finally:
+            for tensor, value in kept:
+                tensor.detach().copy_(value)
+
+    @cached_property
+    def _written(self) -> list[torch.Tensor]:
+        names = written_tensors(self.program.graph)
+        return [self.program.tensors[name] for name in names]
+
+
+class Variants:
+    """The programs captured so far, the latest `KEPT` of them; the first one is never dropped."""
+
+    def __init__(self, program: Program, report: Report | None) -> None:
+        self.main = Variant(program, report)
+        self._all = [self.main]
+        self._origin = program.origin
+        self._warned = False
+
+    @property
+    def all(self) -> tuple[Variant, ...]:
+        """Every variant, the first one first."""
+        return tuple(self._all)
+
+    def pick(self, args: tuple[Any, ...], kwargs: Any, mode: Mode) -> tuple[Variant, Any]:
+        """The variant that is the model on this call, and the call's tensors.
+
+        Captures the call if there is none yet. Raises: GuardError if the model does not take the
+        call, or if nothing is known of the model.
+        """
+        misses: list[GuardError] = []
+        for variant in self._latest():
+            program = variant.program
+            if program.mode != mode:
+                continue
+            try:
+                tensors = program.signature.bind(args, kwargs)
+                program.guards.check(tensors)
+                variant.takes(tensors)
+            except LimitError:
+                raise
+            except GuardError as error:
+                misses.append(error)
+                continue
+            self._used(variant)
+            return variant, tensors
+        variant = self._captured(args, kwargs, mode, misses)
+        return variant, variant.program.signature.bind(args, kwargs)
+
+    def moved(self, *args: Any, **kwargs: Any) -> Variant:
+        """What the first program becomes for a model moved as `torch.nn.Module.to` would move it.
+
+        Raises: CaptureError if the model is not known, cannot be copied or cannot be captured.
+        """
+        main = self.main.program
+        if main.origin is None:
+            raise CaptureError("this program does not know the model it came from")
+        move = _move(*args, **kwargs)
+        origin = main.origin.moved(move)
+        example = [move(t) for t in main.example]
+        given, named = main.signature.arguments(example)
+        program = recapture(replace(main, origin=origin), given, named, main.mode)
+        entries = [replace(r.entry, expect=None) for r in main.reports]
+        program = Pipeline(entries).run(program)
+        report = self._proved(program)
+        written = {n: move(t.detach()) for n, t in self.main.written_folds().items()}
+        with torch.no_grad():
+            for name, value in written.items():
+                if name in program.tensors:
+                    program.tensors[name].copy_(value)
+        return Variant(program, report)
+
+    def _proved(self, program: Program) -> Report:
+        """The report of a new program, with a proof if the first one has one."""
+        proof = prove(program) if self.main.report.equivalence is not None else None
+        return Report.of(program, proof)
+
+    def _latest(self) -> list[Variant]:
+        return self._all[::-1]
+
+    def _used(self, variant: Variant) -> None:
+        if self._all[-1] is not variant:
+            self._all.remove(variant)
+            self._all.append(variant)
+
+    def _captured(
+        self, args: tuple[Any, ...], kwargs: Any, mode: Mode, misses: Sequence[GuardError]
+    ) -> Variant:
+        main = self.main.program
+        if main.origin is None:
+            raise (
+                misses[0]
+                if misses
+                else GuardError(
+                    f"this program was captured under {main.mode}, and the call is under {mode}",
+                    hint="capture the model again in this mode",
+                )
+            )
+        origin = self._without_many_paths(misses)
+        try:
+            program = recapture(replace(main, origin=origin), args, dict(kwargs), mode)
+        except CaptureError as error:
+            raise GuardError(error.headline, at=error.at, hint=error.hint) from error
+        entries = [replace(r.entry, expect=None) for r in main.reports]
+        program = Pipeline(entries).run(program)
+        report = self._proved(program)
+        variant = Variant(adopted(program, main), report)
+        self._all.append(variant)
+        self._bound(misses)
+        return variant
+
+    def _without_many_paths(self, misses: Sequence[GuardError]) -> Any:
+        """The origin, with each module opaque in which too many paths have been taken."""
+        sites = [e.site for e in misses if isinstance(e, OtherPathError)]
+        for site in {s for s in sites if sites.count(s) >= PATHS}:
+            path = next(
+                module_path(n)
+                for v in self._all
+                for n in choices(v.program.graph)
+                if n.args[2] == site
+            )
+            if not path:
+                raise GuardError(
+                    f"nearly every call takes a path of its own: {PATHS} have been captured",
+                    at=site,
+                    hint="move that line into a submodule, which can then stay opaque",
+                )
+            self._origin = replace(self._origin, opaque=(*self._origin.opaque, path))
+            taken = [
+                v for v in self._all if any(n.args[2] == site for n in choices(v.program.graph))
+            ]
+            self._all = [v for v in self._all if v not in taken or v is self.main]
+        return self._origin
+
+    def _bound(self, misses: Sequence[GuardError]) -> None:
+        if len(self._all) <= KEPT:
+            return
+        oldest = next(v for v in self._all if v is not self.main)
+        self._all.remove(oldest)
+        if not self._warned and misses:
+            self._warned = True
+            warnings.warn(
+                f"more than {KEPT} kinds of calls have been captured, and old ones are captured "
+                f"again when they come back; the last reason was: {misses[-1].headline}",
+                stacklevel=6,
+            )
+
+
+def adopted(program: Program, main: Program) -> Program:
+    """The program reading the very parameters of `main` wherever both folded the same formula."""
+    tensors = dict(program.tensors)
+    for name, formula in program.formulas.items():
+        known = main.formulas.get(name)
+        if known is not None and (known.text, known.sources) == (formula.text, formula.sources):
+            mine = main.tensors[name]
+            if (mine.shape, mine.dtype) == (tensors[name].shape, tensors[name].dtype):
+                tensors[name] = mine
+    return replace(program, tensors=MappingProxyType(tensors))
+
+
+def _move(*args: Any, **kwargs: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What `Module.to` does to one tensor: devices for all, dtypes for floats only."""
+    device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+    if dtype is not None and not (dtype.is_floating_point or dtype.is_complex):
+        raise LensError(
+            f"a lens cannot be moved to {dtype}", hint="to(torch.float64) or another float"
+        )
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        floats = tensor.is_floating_point() or tensor.is_complex()
+        return tensor.to(device, dtype if floats else None, non_blocking)
+
+    return move
