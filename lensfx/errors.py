@@ -31,7 +31,17 @@ class LensError(Exception):
 
 
 class CaptureError(LensError):
-    """The model could not be captured, or the captured graph is not the model."""
+    """The model could not be captured, or the captured graph is not the model.
+
+    `module` is the path of the submodule that stands in the way, where one does.
+    """
+
+    module = ""
+
+    def inside(self, module: str) -> CaptureError:
+        """This error, with the path of the submodule that stands in the way."""
+        self.module = module
+        return self
 
 
 class GuardError(LensError):

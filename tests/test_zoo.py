@@ -20,10 +20,10 @@ SAMPLE = {
     ),
     "text with places": ("LayoutLMForMaskedLM",),
     "images": ("ViTForImageClassification", "ResNetForImageClassification"),
-    "dense": ("SegformerForSemanticSegmentation", "YolosForObjectDetection"),
+    "dense": ("DPTForDepthEstimation", "YolosForObjectDetection"),
     "sound": ("ASTForAudioClassification", "Speech2TextForConditionalGeneration"),
     "text and images": ("CLIPModel", "LlavaForConditionalGeneration"),
-    "time series": ("PatchTSTForPrediction",),
+    "time series": ("PatchTSTForRegression",),
     "bare": ("RobertaModel", "ConvNextModel"),
 }
 NAMES = [name for names in SAMPLE.values() for name in names]

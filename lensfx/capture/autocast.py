@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lensfx.errors import CaptureError
-from lensfx.graph.node import op_name, where
+from lensfx.graph.node import module_path, op_name, where
 
 __all__ = ["SWITCHES", "Autocast", "flat_regions"]
 
@@ -105,7 +105,7 @@ class Autocast:
             f"what autocast does inside {op_name(node)} cannot be written as casts of its inputs",
             at=where(node),
             hint="write the casts out around it: x.to(torch.bfloat16)",
-        ) from wanted.error
+        ).inside(module_path(node)) from wanted.error
 
     def _may_act_on(self, node: fx.Node) -> bool:
         """Whether autocast has a rule for the operator, or for one that it is composed of."""

@@ -1,8 +1,10 @@
-"""An example call taken apart into tensors and constants, and the model as a flat function of it."""
+"""An example call taken apart, and the model as a flat function of its tensors."""
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import is_not
@@ -16,7 +18,7 @@ from lensfx.capture.decide import Decisions
 from lensfx.capture.untouched import holds_tensors
 from lensfx.errors import CaptureError
 from lensfx.graph.mode import EVAL, Mode
-from lensfx.graph.signature import Leaf, Signature, outline
+from lensfx.graph.signature import Leaf, Signature, filled, outline
 
 __all__ = ["Call", "Flat", "Seen", "kind_of", "output_names", "taken_apart", "widenings"]
 
@@ -53,12 +55,14 @@ class Call:
     contiguous: tuple[bool, ...] = ()
     notes: tuple[str, ...] = ()
     mode: Mode = EVAL
+    watches_identity: bool = False
 
     @property
     def signature(self) -> Signature:
         """How calls bind to a program."""
         inputs = (self.forward, self.positional, self.keywords, self.in_spec, self.leaves)
-        return Signature(*inputs, self.out_spec, output_names(self.out_spec))
+        outputs = output_names(self.out_spec)
+        return Signature(*inputs, self.out_spec, outputs, self.watches_identity)
 
 
 class Flat(nn.Module):
@@ -78,8 +82,7 @@ class Flat(nn.Module):
     def forward(self, leaves: list[torch.Tensor]) -> list[Any]:
         """The leaves of the model's result that depend on the call."""
         call, seen, decisions = self._call
-        given = iter(leaves)
-        flat = [next(given) if leaf.is_tensor else leaf.constant for leaf in call.leaves]
+        flat = filled(call.leaves, leaves)
         args, kwargs = pytree.tree_unflatten(flat, call.in_spec)
         held = [(m._buffers, name, b) for m in self.model.modules() for name, b in _held(m)]
         with call.mode.entered():
@@ -90,6 +93,7 @@ class Flat(nn.Module):
                     result = self.model(*args, **kwargs)
         left = pytree.tree_leaves((args, kwargs))
         seen.rewrote_arguments = len(left) != len(flat) or any(map(is_not, left, flat))
+        register_dataclasses(result)
         # A torch.Size holds no symbols, so tracing returns a tuple in its place.
         result = pytree.tree_map_only(torch.Size, tuple, result)
         out, seen.out_spec = pytree.tree_flatten(result)
@@ -128,6 +132,7 @@ def taken_apart(
             f"{type(model).__name__}.forward does not accept this call: {error}",
             hint=f"the signature is {forward}",
         ) from None
+    register_dataclasses(named)
     tree = (tuple(named[n] for n in positional), {n: named[n] for n in keywords})
     flat, spec = pytree.tree_flatten(tree)
     leaves = tuple(_leaves(tree, positional))
@@ -144,15 +149,31 @@ def taken_apart(
 
 
 def _leaves(tree: Any, positional: Sequence[str]) -> Iterator[Leaf]:
+    first_seen: dict[int, int] = {}
+    count = itertools.count()
     for path, value in pytree.tree_flatten_with_path(tree)[0]:
         keys: Any = path
         side, first, *rest = keys
         head = positional[first.idx] if side.idx == 0 else str(first.key)
         name = head + pytree.keystr(tuple(rest))
         if isinstance(value, torch.Tensor):
-            yield Leaf(name, True)
+            number = next(count)
+            same = first_seen.setdefault(id(value), number)
+            yield Leaf(name, True, same=None if same == number else same)
         else:
             yield Leaf(name, False, value)
+
+
+def register_dataclasses(tree: Any) -> None:
+    """Make torch see the fields of plain dataclass objects, as it does those of tuples and dicts.
+
+    The class is registered for good, by torch's own public call for it.
+    """
+    for leaf in pytree.tree_leaves(tree):
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type) and holds_tensors(leaf):
+            if all(f.init for f in dataclasses.fields(leaf)):
+                torch.export.register_dataclass(type(leaf))
+                register_dataclasses(vars(leaf))
 
 
 def kind_of(spec: pytree.TreeSpec) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
 from torch.utils import _pytree as pytree
 
 from lensfx.capture.empty import on_shapes
@@ -161,7 +162,7 @@ class _Trials:
         If the model takes another path there, that has to hold for other weights, values, sizes:
         a bias that is skipped cannot be seen while it is zero, nor a mask while it is all ones.
         """
-        ones = dict.fromkeys((a.symbol for a in axes), 1)
+        ones = dict.fromkeys((str(a.symbol) for a in axes), 1)
         small = self._sized(ones)
         if not _passes(guards, small):
             return False
@@ -192,21 +193,24 @@ class _Trials:
             self.traced.restore()
         return log.calls
 
-    def _sized(self, sizes: Mapping[str | None, int]) -> list[torch.Tensor]:
+    def _sized(self, sizes: Mapping[str, int]) -> list[torch.Tensor]:
         """The traced inputs cut or repeated to other sizes, given by symbol."""
         tensors = list(self.traced.inputs)
-        for axis in self.program.guards.dynamic:
-            if axis.symbol in sizes:
-                tensor = tensors[axis.leaf]
-                picked = torch.arange(sizes[axis.symbol], device=tensor.device)
-                picked = picked % tensor.shape[axis.axis]
+        shapes = [t.shape for t in tensors]
+        axes = self.program.guards.dynamic
+        known = {str(a.symbol): shapes[a.leaf][a.axis] for a in axes} | sizes
+        for axis in axes:
+            tensor, symbol = tensors[axis.leaf], str(axis.symbol)
+            # Some sizes follow from others, such as a batch times a number of heads.
+            size = known[symbol] if symbol.isidentifier() else _evaluated(symbol, known)
+            if size != tensor.shape[axis.axis]:
+                picked = torch.arange(size, device=tensor.device) % tensor.shape[axis.axis]
                 tensors[axis.leaf] = tensor.index_select(axis.axis, picked)
         return tensors
 
-    def _agree_elsewhere(
-        self, guards: Guards, ones: Mapping[str | None, int], size: int | None
-    ) -> bool:
-        others = [a.symbol for a in guards.dynamic if a.symbol not in ones]
+    def _agree_elsewhere(self, guards: Guards, ones: Mapping[str, int], size: int | None) -> bool:
+        symbols = (str(a.symbol) for a in guards.dynamic)
+        others = [s for s in symbols if s not in ones and s.isidentifier()]
         tensors = self._sized({**(dict.fromkeys(others, size) if size else {}), **ones})
         if not _passes(guards, tensors):
             return True
@@ -313,6 +317,10 @@ class _Trials:
     def _traced_path(self) -> list[Any]:
         self._run(lambda given: self._of_model(given, None), self.traced.inputs, False)
         return self._path
+
+
+def _evaluated(expression: str, sizes: Mapping[str, int]) -> int:
+    return int(eval(expression, {**SYMPY_INTERP}, dict(sizes)))
 
 
 def _moved(parameter: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -15,14 +15,11 @@ from torch.export import Dim
 from lensfx.capture.call import Call, Flat, Seen, kind_of, taken_apart, widenings
 from lensfx.capture.check import DisagreementError, Traced, settle_guards
 from lensfx.capture.decide import Decision, Decisions, exporting
-from lensfx.capture.empty import NOT_RUN, has_no_weights, materialless, on_shapes
-from lensfx.capture.failures import UntraceableError, capture_error, quiet, said, user_line
+from lensfx.capture.empty import has_no_weights, materialless
+from lensfx.capture.failures import UntraceableError, capture_error, quiet
+from lensfx.capture.first_run import first_run
 from lensfx.capture.limits import index_limits
 from lensfx.capture.modes import (
-    LAYOUT_READS,
-    CallLog,
-    ParameterWriteError,
-    ReadOnlyParameters,
     SizeBranches,
     tracing,
 )
@@ -30,7 +27,7 @@ from lensfx.capture.normal_form import normal_form
 from lensfx.capture.opaque import OpaqueModules, chosen, failing_module, reason
 from lensfx.capture.origin import Origin
 from lensfx.capture.prepare import prepared
-from lensfx.capture.untouched import hides_tensors, untouched
+from lensfx.capture.untouched import untouched
 from lensfx.errors import CaptureError, LensError
 from lensfx.graph.choice import OtherPathError
 from lensfx.graph.guards import Guards
@@ -42,6 +39,7 @@ __all__ = ["capture", "recapture"]
 
 # How often a wrong guess of a branch is put right before the model is called untraceable.
 _CORRECTIONS = 64
+_HUGE = 2**40
 _UNBACKED = re.compile(r"\bu\d+\b")
 
 
@@ -90,70 +88,9 @@ def _capture(
     if not mode.training and any(m.training for m in model.modules()):
         notes += ("the model is in training mode; the program is what it computes in eval mode",)
     with quiet(), untouched(model, (args, kwargs), mode.training) as restore:
-        call = taken_apart(model, args, kwargs, mode)
-        if has_no_weights(model):
-            call, notes = _run_on_shapes(model, call), (*notes, NOT_RUN)
-        else:
-            call = _run_once(model, call)
-        if kept := restore():
-            notes += (f"forward sets {', '.join(kept[:5])}; a call of the program does not",)
-        return _Capture(origin, replace(call, notes=notes), restore).program()
-
-
-def _run_on_shapes(model: nn.Module, call: Call) -> Call:
-    """What a run shows as far as shapes tell; code that asks for a value is left to the trace."""
-    seen = Seen()
-    try:
-        with on_shapes(model, call.example) as given:
-            Flat(model, call, seen)(list(given))
-    except Exception:
-        return call
-    return _shown(call, seen)
-
-
-def _run_once(model: nn.Module, call: Call) -> Call:
-    """Run the model on the example, so that a call it rejects is not blamed on the tracer.
-
-    It also fills caches outside the model, as `functools.cache` makes them, with real tensors:
-    tracing would leave its own there. The call comes back with what the run showed.
-    """
-    seen = Seen()
-    try:
-        with CallLog() as log, ReadOnlyParameters(model):
-            Flat(model, call, seen)([t.clone() for t in call.example])
-    except ParameterWriteError as error:
-        raise CaptureError(
-            f"forward changes the parameter {error} in place",
-            at=user_line(error),
-            hint="update parameters outside forward",
-        ) from None
-    except Exception as error:
-        raise CaptureError(
-            f"{type(model).__name__} itself fails on this example: {said(error)}",
-            at=user_line(error),
-            hint="call the model with these arguments before wrapping it",
-        ) from error
-    call = _shown(call, seen)
-    asked = any(function in LAYOUT_READS for function, _ in log.calls)
-    contiguous = tuple(t.is_contiguous() for t in call.example) if asked else ()
-    return replace(call, contiguous=contiguous)
-
-
-def _shown(call: Call, seen: Seen) -> Call:
-    if seen.rewrote_arguments:
-        raise CaptureError(
-            "forward puts other values into a list or dict that it is given",
-            hint="return them instead: a captured graph changes tensors, and no containers",
-        )
-    for constant in seen.constants:
-        if constant is not None and hides_tensors(constant.value):
-            kind = type(constant.value).__name__
-            raise CaptureError(
-                f"the model returns an object of type {kind}, in which torch sees no tensors",
-                hint=f"return tuples, lists or dicts (transformers: use_cache=False), or register "
-                f"{kind} as a pytree node",
-            )
-    return replace(call, out_spec=seen.out_spec)
+        call = replace(taken_apart(model, args, kwargs, mode), notes=notes)
+        call = first_run(model, call, restore)
+        return _Capture(origin, call, restore).program()
 
 
 @dataclass(frozen=True)
@@ -192,9 +129,16 @@ class _Capture:
                 self.restore()
                 cause = error.__cause__ or error
                 found = failing_module(self.model, cause, self.opaque)
+                found = found or self._blamed(error)
                 if found is None or self.origin.strict or self.empty:
                     raise capture_error(self.model, first) from first
                 self.opaque[found] = reason(cause)
+
+    def _blamed(self, error: Exception) -> str | None:
+        """The submodule that an error names, unless it is opaque already."""
+        path = getattr(error, "module", "")
+        known = path in dict(self.model.named_modules()) and path not in self.opaque
+        return path if path and known else None
 
     def _observe(self, modules: OpaqueModules) -> None:
         """Real runs at several sizes show how the results of opaque modules follow their inputs."""
@@ -265,8 +209,8 @@ class _Capture:
                 known = [*decisions.log[: error.index], replace(taken, value=error.value)]
                 self.restore()
         raise CaptureError(
-            f"{type(self.model).__name__} branches on values more than {_CORRECTIONS} times in ways "
-            "that a plain run does not show",
+            f"{type(self.model).__name__} branches on values in more than {_CORRECTIONS} ways that "
+            "a plain run does not show",
             hint="name the module that does so in opaque=[...]",
         )
 
@@ -298,10 +242,11 @@ class _Capture:
         guards = guards.with_limits(index_limits(graph, guards))
         path = _guards(exported, graph, full, branches.conditions())
         source = Source(type(self.model).__name__, call.notes, unread, aliases, dict(self.opaque))
-        program = Program(
-            graph, tensors, full, guards, call.example, source, origin=self.origin, mode=call.mode
+        parts = (graph, tensors, full, guards, call.example, source)
+        program = Program(*parts, origin=self.origin, mode=call.mode)
+        return settle_guards(
+            program, self.model, Traced(widened, path, self.restore, not self.empty)
         )
-        return settle_guards(program, self.model, Traced(widened, path, self.restore, not self.empty))
 
     def _exported(
         self,
@@ -351,12 +296,18 @@ def _stretched(tensor: torch.Tensor, old: int, new: int) -> torch.Tensor:
 def _guards(exported: Any, graph: Any, signature: Signature, branches: Sequence[str]) -> Guards:
     ranges = {}
     for symbol, bounds in exported.range_constraints.items():
-        low, high = bounds.lower, bounds.upper
-        ranges[str(symbol)] = (
-            int(low) if low.is_finite else 0,
-            int(high) if high.is_finite and high < 2**40 else 2**40,
-        )
-    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+        ranges[str(symbol)] = (_number(bounds.lower, 0), min(_number(bounds.upper, _HUGE), _HUGE))
+    inputs = [n for n in graph.nodes if n.op == "placeholder"]
+    # What is one object with another input has no reader of its own, but the other's sizes.
+    placeholders = [inputs[k] for k in signature.same]
     # Sizes that values decide are results of the graph, and guarded as such.
     conditions = [c for c in (*exported._guards_code, *branches) if not _UNBACKED.search(c)]
     return Guards.build(placeholders, signature.tensor_names, ranges, conditions)
+
+
+def _number(bound: Any, otherwise: int) -> int:
+    """A bound of torch's as a number; its infinities, of several kinds, are none."""
+    try:
+        return int(bound)
+    except (AttributeError, OverflowError, TypeError, ValueError):
+        return otherwise

@@ -39,13 +39,15 @@ CACHE = "past_key_values"
 class CachedCalls:
     """The calls that generation with a cache consists of, as a user makes them.
 
-    `many` adds several tokens to a filled cache, `one` a single one, and `first` starts with the
-    cache that generation starts with, which may be of another structure. `trials` are further
-    calls like `many` at small sizes, each with a full and with a padded mask.
+    `many` adds several tokens to a filled cache, `one` a single one, `empty` all of them to a
+    cache of the same structure without contents, and `first` to the cache that generation starts
+    with, which has no structure yet. `trials` are further calls like `many` at small sizes, each
+    with a full and with a padded mask.
     """
 
     many: dict[str, Any]
     one: dict[str, Any]
+    empty: dict[str, Any]
     first: dict[str, Any]
     trials: tuple[dict[str, Any], ...]
 
@@ -111,7 +113,7 @@ def cached_calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     trials = [one, empty, _first_token(empty)]
     trials += [_first_row(call) for call in (many, *trials)]
     trials = [t for t in trials if t.keys() == many.keys()]
-    return CachedCalls(many, one, first, (*trials, *map(_padded, trials)))
+    return CachedCalls(many, one, empty, first, (*trials, *map(_padded, trials)))
 
 
 def cached_programs(
@@ -122,8 +124,13 @@ def cached_programs(
     Raises: what `capture` raises.
     """
     programs: list[Program] = []
+
+    def served(call: Mapping[str, Any]) -> bool:
+        both = (call, _padded(call))
+        return any(all(_agree(p, model, c) for c in both) for p in programs)
+
     for call in (calls.many, calls.one, calls.first):
-        if not any(all(_agree(p, model, c) for c in (call, _padded(call))) for p in programs):
+        if not served(call) and not (call is calls.first and served(calls.empty)):
             trials = (*calls.trials, *map(_first_row, (call, _padded(call))))
             programs.append(admit(capture(model, **copy.deepcopy(call)), model, trials))
     return tuple(programs)

@@ -289,7 +289,7 @@ class _Builder:
                         f"{op_name(node)} under no_grad changes a value that carries a gradient",
                         at=where(node),
                         hint="write it out of place: `x = x + (new - x).detach()`",
-                    )
+                    ).inside(module_path(node))
 
     def _output(
         self,
@@ -333,7 +333,13 @@ def _region(node: fx.Node) -> str:
             f"the model uses the higher-order operator {name}, which has no normal form",
             at=where(node),
             hint="replace it by plain tensor code in this model",
-        )
+        ).inside(_path(node))
+    if str(getattr(node.target, "__module__", "")).startswith("torch._functorch"):
+        raise CaptureError(
+            "torch.vmap hides an axis that no graph can show",
+            at=where(node),
+            hint="write the batch axis out, or move the call into a submodule that can stay opaque",
+        ).inside(_path(node))
     return ""
 
 

@@ -20,13 +20,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from lensfx.capture.untouched import holds_tensors
-from lensfx.errors import CaptureError
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lensfx.capture.opaque_find import chosen, failing_module, reason
 from lensfx.capture.opaque_fit import Fit, Meta, Seen, alike, flattened, rebuilt, tensors_of
+from lensfx.capture.untouched import holds_tensors
+from lensfx.errors import CaptureError
 from lensfx.graph.opaque import Opaque, known_sizes, lead_dtype
 from lensfx.graph.opaque_call import Call, Slot, leaf, random_state
 

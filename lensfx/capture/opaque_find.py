@@ -7,9 +7,10 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lensfx.capture.failures import said, user_line
-from lensfx.errors import CaptureError
 from torch import nn
+
+from lensfx.capture.failures import said, user_line
+from lensfx.errors import CaptureError, LensError
 
 __all__ = ["chosen", "failing_module", "reason"]
 
@@ -59,6 +60,8 @@ def _running(frame: Any, paths: Mapping[int, tuple[str, nn.Module]]) -> str | No
 
 def reason(error: BaseException) -> str:
     """The user's line that an error arose in, and the first line of the error."""
+    if isinstance(error, LensError):
+        return ": ".join([*error.at[:1], error.headline])
     lines = [line for line in map(user_line, _chain(error)) if line]
     return ": ".join([*lines[:1], said(error)])
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from lensfx.errors import CaptureError
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lensfx.errors import CaptureError
 from lensfx.graph.opaque import Output, Size, known_sizes
 
 __all__ = ["Fit", "Meta", "Seen", "alike", "flattened", "rebuilt", "tensors_of"]

@@ -22,7 +22,9 @@ def guard_path(graph: fx.Graph, value: Any, decision: Decision, index: int) -> N
     if not isinstance(value, fx.Node):
         return
     with graph.inserting_after(value):
-        node = graph.call_function(decided, (value, decision.value, decision.site or source_line(value), index))
+        node = graph.call_function(
+            decided, (value, decision.value, decision.site or source_line(value), index)
+        )
     node.meta = {**value.meta, "val": None}
 
 

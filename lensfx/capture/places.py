@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch._subclasses import FakeTensor
 
 from lensfx.errors import CaptureError
-from lensfx.graph.node import argument, op_name, schema_names, where
+from lensfx.graph.node import argument, module_path, op_name, schema_names, where
 from lensfx.graph.ops import DROPOUTS, is_impure
 
 aten = torch.ops.aten
@@ -196,4 +196,4 @@ def refuse(node: fx.Node, place: Place | None, why: str) -> NoReturn:
         f"{name} writes{into} and cannot be made functional: {why}",
         at=where(node),
         hint=f"write it out of place: `{instead}`",
-    )
+    ).inside(module_path(node))

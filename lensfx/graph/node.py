@@ -106,7 +106,13 @@ def dtype_of(node: fx.Node) -> torch.dtype | None:
 def memory_of(node: Any) -> int | None:
     """Which memory the node's fake value lies in, the same for all its views; None if no tensor."""
     val = node.meta.get("val") if isinstance(node, fx.Node) else None
-    return int(val.untyped_storage()._cdata) if isinstance(val, torch.Tensor) else None
+    if not isinstance(val, torch.Tensor):
+        return None
+    functorch: Any = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(val):
+        # Inside vmap a tensor wraps another, which is the one that has memory.
+        val = functorch.get_unwrapped(val)
+    return int(val.untyped_storage()._cdata)
 
 
 def is_weight(node: Any) -> bool:

@@ -19,10 +19,10 @@ from typing import Any, NoReturn
 from weakref import WeakValueDictionary
 
 import torch
-from lensfx.errors import LensError
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from lensfx.errors import LensError
 from lensfx.graph.opaque_call import Call, leaf, random_state
 
 __all__ = ["Opaque", "Output", "Size", "is_opaque", "known_sizes", "lead_dtype", "opaque_of"]

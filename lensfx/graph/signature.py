@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,16 +13,20 @@ from torch.utils import _pytree as pytree
 
 from lensfx.errors import GuardError
 
-__all__ = ["Leaf", "Signature", "bound_arguments", "outline"]
+__all__ = ["Leaf", "Signature", "bound_arguments", "filled", "outline"]
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """One leaf of the input tree: a tensor the graph reads, or a constant baked at capture."""
+    """One leaf of the input tree: a tensor the graph reads, or a constant baked at capture.
+
+    `same` numbers the first tensor leaf that was this very object: a model may ask `q is k`.
+    """
 
     name: str
     is_tensor: bool
     constant: Any = None
+    same: int | None = None
 
 
 def bound_arguments(
@@ -51,7 +56,8 @@ class Signature:
     """How a call becomes the flat tensors a graph takes, and how its flat results become a value.
 
     `positional` and `keywords` say how the example call was split; any call that binds to the
-    model's own signature is rearranged into that split.
+    model's own signature is rearranged into that split. `watches_identity` if the model does
+    something else where two of its inputs are one object.
     """
 
     forward: inspect.Signature
@@ -61,6 +67,7 @@ class Signature:
     leaves: tuple[Leaf, ...]
     out_spec: pytree.TreeSpec
     outputs: tuple[str, ...]
+    watches_identity: bool = False
 
     @staticmethod
     def split(
@@ -88,7 +95,31 @@ class Signature:
         flat, spec = pytree.tree_flatten(tree)
         if spec != self.in_spec:
             raise self._other_structure(values)
-        return [v for leaf, v in zip(self.leaves, flat, strict=True) if _checked(leaf, v)]
+        tensors = [v for leaf, v in zip(self.leaves, flat, strict=True) if _checked(leaf, v)]
+        self._check_same(tensors)
+        return tensors
+
+    def _check_same(self, tensors: Sequence[torch.Tensor]) -> None:
+        if not self.watches_identity:
+            return
+        first: dict[int, int] = {}
+        for k, tensor in enumerate(tensors):
+            now = first.setdefault(id(tensor), k)
+            then = self.same[k]
+            if now != then:
+                other = self.tensor_names[now if now != k else then]
+                verb = "is" if now != k else "was"
+                raise GuardError(
+                    f"{self.tensor_names[k]} {verb} the same tensor as {other}, and "
+                    f"{'was not at capture' if now != k else 'is not here'}",
+                    hint="capture again with this call: a model may ask whether they are the same",
+                )
+
+    @cached_property
+    def same(self) -> tuple[int, ...]:
+        """For each tensor leaf, the number of the first leaf that is this very object."""
+        tensors = [leaf for leaf in self.leaves if leaf.is_tensor]
+        return tuple(k if leaf.same is None else leaf.same for k, leaf in enumerate(tensors))
 
     def _other_structure(self, values: Mapping[str, Any]) -> GuardError:
         leaves = [leaf.constant for leaf in self.leaves]
@@ -123,9 +154,7 @@ class Signature:
 
     def arguments(self, tensors: Sequence[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The call whose tensors are these: the inverse of `bind`, in the example's split."""
-        given = iter(tensors)
-        flat = [next(given) if leaf.is_tensor else leaf.constant for leaf in self.leaves]
-        args, kwargs = pytree.tree_unflatten(flat, self.in_spec)
+        args, kwargs = pytree.tree_unflatten(filled(self.leaves, tensors), self.in_spec)
         return tuple(args), dict(kwargs)
 
     def unflatten(self, flat: list[Any]) -> Any:
@@ -136,6 +165,19 @@ class Signature:
     def tensor_names(self) -> tuple[str, ...]:
         """The names of the tensor leaves, in the order of the graph's placeholders."""
         return tuple(leaf.name for leaf in self.leaves if leaf.is_tensor)
+
+
+def filled(leaves: Sequence[Leaf], tensors: Sequence[torch.Tensor]) -> list[Any]:
+    """The leaves of a call: its tensors, one object where it was one at capture, and constants."""
+    numbers = iter(range(len(tensors)))
+    flat: list[Any] = []
+    for leaf in leaves:
+        if leaf.is_tensor:
+            k = next(numbers)
+            flat.append(tensors[k if leaf.same is None else leaf.same])
+        else:
+            flat.append(leaf.constant)
+    return flat
 
 
 def _checked(leaf: Leaf, value: Any) -> bool:

@@ -101,7 +101,7 @@ def traced(model: nn.Module, *example: Tensor) -> Program:
     forward = inspect.signature(model.forward)
     names = tuple(forward.parameters)
     leaves = tuple(Leaf(n, True) for n in names)
-    with materialless(model, example) as given, tracing(True):
+    with materialless(model, example) as given, tracing(True, False):
         shapes = ([dict.fromkeys(range(t.ndim), Dim.AUTO) for t in given],)
         exported = torch.export.export(
             Flat(model), (list(given),), dynamic_shapes=shapes, strict=False

@@ -345,18 +345,6 @@ def test_batch_statistics_are_not_updated_in_eval_mode() -> None:
     assert torch.equal(program(noise(5, 6)), model.eval()(noise(5, 6)))
 
 
-class Branching(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        if x.sum() > 0:
-            return x * 2
-        return x
-
-
-def _autocast(m: Net, x: Tensor) -> Tensor:
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        return m.lin(x)
-
-
 def _hidden_write(m: Net, x: Tensor) -> Tensor:
     h = m.lin(x)
     with torch.no_grad():
@@ -368,10 +356,7 @@ REFUSED: dict[str, tuple[Any, str, str]] = {
     "no module": (lambda x: x, "takes a torch.nn.Module, not function", ""),
     "a lazy module": (nn.Sequential(nn.LazyLinear(3)), "no size for 0.weight yet", ""),
     "a call it rejects": (Net(lambda m, x: m.lin(x[..., :5])), "Net itself fails on", "x[..., :5]"),
-    "a branch": (Branching(), "data-dependent expression", "if x.sum() > 0:"),
-    "a loop": (Net(lambda m, x: [x] * int(x[0, 0, 0].abs())), "Net cannot be traced", "[x] * int("),
     "a list": (Net(lambda m, x: x.numpy().sum()), "Net cannot be traced", "x.numpy()"),
-    "autocast": (Net(_autocast), "the model enters an autocast region", "return self.body"),
     "a hidden write": (Net(_hidden_write), "mul_ under no_grad changes a value that", "self.body"),
 }
 

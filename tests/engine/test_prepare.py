@@ -1,4 +1,4 @@
-"""Wrappers around a model are taken off and said, hooks are part of the model, misuse is refused."""
+"""Wrappers are taken off and said, hooks are part of the model, misuse is refused."""
 
 from __future__ import annotations
 
@@ -52,9 +52,7 @@ def test_forward_hooks_are_part_of_the_model_and_said() -> None:
     model.last.register_forward_pre_hook(lambda m, args: (args[0] + 1,))
     program = capture(model, X)
     assert torch.equal(program(X), model(X))
-    assert program.source.notes == (
-        "forward hooks are part of what is captured, at first, last",
-    )
+    assert program.source.notes == ("forward hooks are part of what is captured, at first, last",)
 
 
 class Bridge(nn.Module):
@@ -82,7 +80,7 @@ def test_another_tools_wrapper_is_refused_in_one_sentence(wrapper: Any) -> None:
 
 def test_a_lens_is_no_model() -> None:
     lens = lensfx.wrap(Net().eval(), X, passes=None, verify=False)
-    with pytest.raises(CaptureError, match="takes a torch.nn.Module, not Lens"):
+    with pytest.raises(CaptureError, match=r"takes a torch\.nn\.Module, not Lens"):
         capture(lens, X)  # type: ignore[arg-type]
 
 
@@ -114,14 +112,15 @@ def test_adapters_and_parametrised_weights() -> None:
     for name, p in model.named_parameters():
         assert (p.grad is None) == (got[name] is None)
         assert p.grad is None or torch.equal(p.grad, got[name])
-    assert got["first.base.weight"] is None and got["first.up.weight"] is not None
+    assert got["first.base.weight"] is None
+    assert got["first.up.weight"] is not None
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
 def test_packed_weights_are_refused_with_the_alternative() -> None:
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="torch.ao.quantization"):
         model = torch.ao.quantization.quantize_dynamic(Net().eval(), {nn.Linear})
-    with pytest.raises(CaptureError, match="first.* keeps packed weights") as caught:
+    with pytest.raises(CaptureError, match=r"first.* keeps packed weights") as caught:
         capture(model, X)
     assert "as it was before its weights were packed" in str(caught.value)
 
@@ -144,4 +143,5 @@ def test_weights_kept_as_integers_are_captured() -> None:
     model = Net().eval()
     model.first = Int8(model.first)
     program = capture(model, X)
-    assert torch.equal(program(X), model(X)) and not program.source.opaque
+    assert torch.equal(program(X), model(X))
+    assert not program.source.opaque

@@ -265,9 +265,9 @@ def test_what_is_returned_is_the_models_or_the_callers_to_change() -> None:
     assert same(program(x), model(X))
 
 
-@dataclasses.dataclass
 class Batch:
-    ids: Tensor
+    def __init__(self, ids: Tensor) -> None:
+        self.ids = ids
 
 
 @pytest.mark.parametrize(
@@ -305,3 +305,42 @@ def test_split_follows_the_signature_not_the_call() -> None:
     assert list(named) == ["a", "b", "c"]
     assert (positional, keywords) == (("a",), ("b", "c"))
     assert bound_arguments(forward, (1, 2), {}) == {"a": 1, "b": 2}
+
+
+@dataclasses.dataclass
+class Request:
+    ids: Tensor
+    scale: float = 2.0
+    extra: Any = None
+
+
+def test_dataclasses_are_taken_apart_and_put_together_again() -> None:
+    model = Calls(lambda self, x: Request(x.ids * x.scale, x.scale, [x.ids, Request(x.ids + 1)]))
+    program = capture(model, Request(A))
+    got, want = program(Request(X)), model(Request(X))
+    assert type(got) is Request
+    assert torch.equal(got.ids, want.ids)
+    assert torch.equal(got.extra[1].ids, want.extra[1].ids)
+    with pytest.raises(GuardError, match=r"scale was 2\.0 at capture"):
+        program(Request(X, 3.0))
+
+
+def test_a_model_may_ask_whether_two_inputs_are_one() -> None:
+    model = Calls(lambda self, x, y: x * 2 if x is y else x * 3 - y)
+    one, two = capture(model, A, A), capture(model, A, A.clone())
+    assert same(one(X, X), model(X, X))
+    assert same(two(X, Y), model(X, Y))
+    with pytest.raises(GuardError, match="y was the same tensor as x"):
+        one(X, Y)
+    with pytest.raises(GuardError, match="y is the same tensor as x"):
+        two(X, X)
+
+
+def test_a_list_of_the_call_that_forward_fills_is_refused() -> None:
+    def body(self: Any, x: list[Tensor]) -> Tensor:
+        x[0] = x[0] + 1
+        return x[0] * 2
+
+    with pytest.raises(CaptureError, match="puts other values into a list") as caught:
+        capture(Calls(body), [A])
+    assert "return them instead" in str(caught.value)

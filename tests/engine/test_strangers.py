@@ -22,11 +22,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWa
 _SAME_TENSOR = "one tensor given for several inputs is captured as if they were different ones"
 # What capture does not do yet, and why; a row goes when its model passes.
 FAULTS = {
-    **{n: _SAME_TENSOR for n, s in STRANGERS.items() if n.startswith("mha_")},
-    "dataclass_out": "dataclasses are not taken apart",
-    "vmap_ensemble": "the memory of a batched tensor is asked for",
-    "writes_callers_list": "a write into a list of the call is lost without a word",
-    "branch_tolist": "a range from a float that has no bounds",
     "opaque_value_loop": "every value of the loop is a decision of its own, so each call is a path",
     "branch_packed_lstm": "sizes of a packed sequence stay tensors in the trace",
 }

@@ -90,7 +90,8 @@ def test_all_paths_read_the_same_folded_weights() -> None:
         call = noise(3, 6, seed=seed)
         assert torch.allclose(lens(call), model(call), atol=1e-6)
     one, two = lens.programs
-    assert one.formulas and one.formulas.keys() == two.formulas.keys()
+    assert one.formulas
+    assert one.formulas.keys() == two.formulas.keys()
     assert all(one.tensors[n] is two.tensors[n] for n in one.formulas)
     with torch.no_grad():
         one.tensors["a.weight"].zero_()
@@ -102,11 +103,11 @@ def test_the_report_of_the_proof_covers_other_paths(monkeypatch: pytest.MonkeyPa
     proved = []
     plain = variants.prove
     monkeypatch.setattr(variants, "prove", lambda p: proved.append(p) or plain(p))
-    model, lens = wrapped(_by_value, noise(3, 6))
+    _, lens = wrapped(_by_value, noise(3, 6))
     for seed in range(8):
         lens(noise(3, 6, seed=seed))
     assert len(proved) == 1
-    model, lens = wrapped(_by_value, noise(3, 6), verify=False)
+    _model, lens = wrapped(_by_value, noise(3, 6), verify=False)
     for seed in range(8):
         lens(noise(3, 6, seed=seed))
     assert len(proved) == 1
@@ -120,10 +121,9 @@ def test_an_input_longer_than_the_table_is_refused_before_it_fails_inside() -> N
     assert lens(noise(2, 8, 6)).shape == (2, 8, 6)
     with pytest.raises(lensfx.GuardError) as caught:
         lens(noise(2, 9, 6))
-    assert str(caught.value).splitlines()[0] == (
-        "x.size(1) is 9, and pos.weight has 8 rows"
-    )
-    assert "at most 8" in str(caught.value) and "test_variants.py" in str(caught.value)
+    assert str(caught.value).splitlines()[0] == ("x.size(1) is 9, and pos.weight has 8 rows")
+    assert "at most 8" in str(caught.value)
+    assert "test_variants.py" in str(caught.value)
     assert len(lens.programs) == 1
     assert "1..8" in str(lens.report)
 
@@ -136,7 +136,7 @@ def test_the_limit_counts_offsets(offset: int) -> None:
 
     _, lens = wrapped(body, noise(2, 5, 6), passes=None)
     assert lens(noise(2, 8 - offset, 6)).shape == (2, 8 - offset, 6)
-    with pytest.raises(lensfx.GuardError, match="pos.weight has 8 rows"):
+    with pytest.raises(lensfx.GuardError, match=r"pos\.weight has 8 rows"):
         lens(noise(2, 9 - offset, 6))
 
 
@@ -192,9 +192,10 @@ def test_a_fickle_root_is_refused_with_its_line() -> None:
         return m.a(x) * int(x.abs().sum() * 1000)
 
     _, lens = wrapped(body, noise(3, 6), passes=None, verify=False)
+    for seed in range(variants.PATHS - 1):
+        lens(noise(3, 6, seed=seed + 1))
     with pytest.raises(lensfx.GuardError, match="a path of its own") as caught:
-        for seed in range(variants.PATHS + 2):
-            lens(noise(3, 6, seed=seed))
+        lens(noise(3, 6, seed=99))
     assert "return m.a(x) * int(" in str(caught.value)
 
 
@@ -226,7 +227,8 @@ def test_hooks_work_on_every_path_and_may_not_change_it() -> None:
     for seed in range(6):
         call = noise(3, 6, seed=seed)
         got = lens.run_with_hooks(call, fwd_hooks=[(out, lambda v, hook: seen.append(v))])
-        assert same(got, model(call)) and len(seen) == seed + 1
+        assert same(got, model(call))
+        assert len(seen) == seed + 1
         _, cache = lens.run_with_cache(call, names_filter=out)
         assert same(cache[out], model.a(call))
     assert len(lens.programs) == 2
@@ -262,7 +264,8 @@ def test_training_mode_is_the_models_under_the_same_seed(name: str) -> None:
     args, kwargs = case.inputs(2, 7, 0)
     lens = lensfx.wrap(model, *args, passes=None, verify=False, **kwargs)
     model.train()
-    assert lens.train() is lens and lens.training
+    assert lens.train() is lens
+    assert lens.training
     for size in ((2, 7), (3, 5)):
         args, kwargs = case.inputs(*size, 1)
         torch.manual_seed(3)

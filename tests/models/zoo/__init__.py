@@ -5,7 +5,7 @@ from the signature of forward, and what does not fit is found by trying.
 """
 
 from .architectures import Architecture, architectures
-from .build import Built, NotBuiltError, build
+from .builder import Built, NotBuiltError, build
 from .trial import trial
 
 __all__ = ["Architecture", "Built", "NotBuiltError", "architectures", "build", "trial"]

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 import lensfx
 
 from .architectures import Architecture
-from .build import Built, build
+from .builder import Built, build
 
 Record = dict[str, Any]
 SHAPES = ((2, 9), (3, 7))
