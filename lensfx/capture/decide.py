@@ -80,7 +80,9 @@ class Decisions(TorchFunctionMode):
         self.defer = defer
         self.sizes = sizes
         self.log: list[Decision] = []
-        self.values: list[torch.Tensor] = []
+        self.values: list[Any] = []
+        self._numbers = iter([d for d in known or () if d.kind != "condition"])
+        self._conditions = iter([d for d in known or () if d.kind == "condition"])
         self.asked = False
 
     def __torch_function__(
@@ -145,12 +147,21 @@ class Decisions(TorchFunctionMode):
         if self.known is None:
             value = cast(tensor.item())
         else:
-            known = self.known[index] if index < len(self.known) else None
+            known = next(self._numbers, None)
             value = cast(known.value) if known is not None and known.kind == kind else cast(0)
             # A copy, because the model may write into the tensor afterwards.
             self.values.append(_converted(tensor.detach(), cast).clone().reshape(()))
         self.log.append(Decision(kind, value, _asking_line()))
         self.asked = True
+        return value
+
+    def condition(self, condition: torch.SymBool) -> bool:
+        """The answer to a condition on a size that values decide; a plain run does not show it."""
+        found = next(self._conditions, None)
+        value = found is not None and bool(found.value)
+        self.values.append(condition)
+        self.log.append(Decision("condition", value, _asking_line()))
+        torch._check(condition if value else torch.sym_not(condition))
         return value
 
     def _pin(self, result: Any, axes: Sequence[int]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.export import Dim
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from lensfx.capture.call import Call, Flat, Seen, kind_of, taken_apart, widenings
 from lensfx.capture.check import DisagreementError, Traced, settle_guards
@@ -170,8 +171,11 @@ class _Capture:
             # For a model that writes into what attention, or a cast, returned.
             yield _Way(plain_attention=True)
             yield _Way(fresh_casts=False, plain_attention=True)
-        for decide in () if self.empty else ("defer", "numbers"):
-            if isinstance(plainly, UntraceableError) and self._guess(decide) is not None:
+        if not isinstance(plainly, UntraceableError) or self.empty:
+            return
+        unknown_size = isinstance(plainly.__cause__, GuardOnDataDependentSymNode)
+        for decide in ("defer", "numbers"):
+            if self._guess(decide) is not None or (unknown_size and decide == "defer"):
                 yield _Way(decide=decide)
 
     def _guess(self, decide: str) -> list[Decision] | None:
@@ -206,7 +210,9 @@ class _Capture:
             except OtherPathError as error:
                 # The values were computed by the very graph that will be run, so this one is right.
                 taken = decisions.log[error.index]
-                known = [*decisions.log[: error.index], replace(taken, value=error.value)]
+                behind = decisions.log[error.index + 1 :]
+                right = replace(taken, value=error.value)
+                known = [*decisions.log[: error.index], right, *behind]
                 self.restore()
         raise CaptureError(
             f"{type(self.model).__name__} branches on values in more than {_CORRECTIONS} ways that "
@@ -264,9 +270,10 @@ class _Capture:
         traced: Any = contextlib.nullcontext(widened)
         if self.empty:
             traced = materialless(self.model, widened)
+        decide = decisions.condition if decisions is not None and way.decide == "defer" else None
         way_of = tracing(way.fresh_casts, way.plain_attention)
         try:
-            with traced as given, way_of, SizeBranches() as branches, opaque:
+            with traced as given, way_of, SizeBranches(decide) as branches, opaque:
                 exported = torch.export.export(
                     flat, (list(given),), dynamic_shapes=shapes, strict=False
                 )

@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import (
+    GuardOnDataDependentSymNode,
+    statically_known_true,
+)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -116,12 +119,14 @@ class SizeBranches:
     """Notes how the model's own code branches on sizes where torch keeps no guard for it.
 
     Torch takes every size to be 2 or more, and forgets a condition that follows from that:
-    `batch * length < 3` is no guard of its, but decides at a batch of 1.
+    `batch * length < 3` is no guard of its, but decides at a batch of 1. A condition on a size that
+    values decide, which torch has no answer for, is put to `decide`.
     """
 
     _KINDS = (torch.SymBool, torch.SymInt, torch.SymFloat)
 
-    def __init__(self) -> None:
+    def __init__(self, decide: Callable[[torch.SymBool], bool] | None = None) -> None:
+        self._decide = decide
         self._taken: list[tuple[torch.SymBool, bool]] = []
         self._plain = {kind: kind.__bool__ for kind in self._KINDS}
 
@@ -140,8 +145,14 @@ class SizeBranches:
         def truth(value: Any) -> bool:
             asked_by = sys._getframe(1).f_code.co_filename
             condition = value if isinstance(value, torch.SymBool) else value != 0
-            known = not asked_by.startswith(_TORCH_HOME) and _is_known(condition)
-            outcome = plain(value)
+            users = not asked_by.startswith(_TORCH_HOME)
+            known = users and _is_known(condition)
+            try:
+                outcome = plain(value)
+            except GuardOnDataDependentSymNode:
+                if self._decide is None or not users:
+                    raise
+                return self._decide(condition)
             if known:
                 self._taken.append((condition, outcome))
             return outcome

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
 
 from lensfx.capture.decide import Decision
-from lensfx.graph.choice import choices, decided
+from lensfx.graph.choice import choices, decided, decided_size
 from lensfx.graph.compiled import closure
 from lensfx.graph.node import source_line
 
@@ -21,10 +22,10 @@ def guard_path(graph: fx.Graph, value: Any, decision: Decision, index: int) -> N
     """Check right behind `value` that it is what the captured path was taken for."""
     if not isinstance(value, fx.Node):
         return
+    target = decided if isinstance(value.meta.get("val"), torch.Tensor) else decided_size
     with graph.inserting_after(value):
-        node = graph.call_function(
-            decided, (value, decision.value, decision.site or source_line(value), index)
-        )
+        site = decision.site or source_line(value)
+        node = graph.call_function(target, (value, decision.value, site, index))
     node.meta = {**value.meta, "val": None}
 
 

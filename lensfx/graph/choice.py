@@ -9,12 +9,13 @@ from torch import fx
 
 from lensfx.errors import GuardError
 
-__all__ = ["OtherPathError", "choices", "decided", "is_choice"]
+__all__ = ["OtherPathError", "choices", "decided", "decided_size", "is_choice"]
 
 _LIBRARY = torch.library.Library("lensfx", "FRAGMENT")
 _LIBRARY.define(
     "decided(Tensor value, Scalar expected, str site, int index, float slack=0.0) -> ()"
 )
+_LIBRARY.define("decided.size(Scalar value, Scalar expected, str site, int index) -> ()")
 
 
 class OtherPathError(GuardError):
@@ -48,6 +49,12 @@ def _decided(value: torch.Tensor, expected: Any, site: str, index: int, slack: f
     raise OtherPathError(index, site, expected, got)
 
 
+@torch.library.impl(_LIBRARY, "decided.size", "CompositeExplicitAutograd")
+def _decided_size(value: Any, expected: Any, site: str, index: int) -> None:
+    if value != expected:
+        raise OtherPathError(index, site, expected, value)
+
+
 @torch.library.impl(_LIBRARY, "decided", "Meta")
 def _decided_nowhere(
     value: torch.Tensor, expected: Any, site: str, index: int, slack: float = 0.0
@@ -56,11 +63,12 @@ def _decided_nowhere(
 
 
 decided: Any = torch.ops.lensfx.decided.default
+decided_size: Any = torch.ops.lensfx.decided.size
 
 
 def is_choice(node: fx.Node) -> bool:
     """Whether the node checks that a call takes the captured path."""
-    return node.op == "call_function" and node.target is decided
+    return node.op == "call_function" and node.target in (decided, decided_size)
 
 
 def choices(graph: fx.Graph) -> list[fx.Node]:

@@ -65,6 +65,9 @@ def field_defaults(config_class: Any) -> dict[str, Any]:
 def _quieten(config: Any) -> None:
     """No cache in the outputs: a call is a function of its inputs then."""
     config.use_cache = False
+    for value in vars(config).values():
+        if is_config(value):
+            _quieten(value)
 
 
 _BASE = frozenset(
