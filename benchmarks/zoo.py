@@ -33,13 +33,15 @@ Record = dict[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--only", default="", help="tasks or parts of class names, with commas")
-    parser.add_argument("--results", type=Path, default=ROOT / "build" / "zoo.jsonl")
+    parser.add_argument("--results", type=Path, default=ROOT / ".zoo" / "results.jsonl")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "zoo.md")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seconds", type=int, default=120, help="the time limit of one model")
     parser.add_argument("--table", action="store_true", help="only write the table")
     options = parser.parse_args()
-    options.results.parent.mkdir(parents=True, exist_ok=True)
+    if not options.results.parent.exists():
+        options.results.parent.mkdir(parents=True)
+        (options.results.parent / ".gitignore").write_text("*\n", encoding="utf-8")
     if not options.table:
         drive(chosen(options), options)
     options.docs.parent.mkdir(parents=True, exist_ok=True)

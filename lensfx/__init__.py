@@ -1,6 +1,6 @@
 """Any PyTorch model as an fx graph that can be read, edited, rewritten and proved equivalent."""
 
-from lensfx.capture import capture, empty_weights
+from lensfx.capture import capture, empty_cache, empty_weights
 from lensfx.errors import (
     CaptureError,
     ContractError,
@@ -35,6 +35,7 @@ __all__ = [
     "UnknownNameError",
     "bind",
     "capture",
+    "empty_cache",
     "empty_weights",
     "explain",
     "wrap",

@@ -2,5 +2,6 @@
 
 from lensfx.capture.empty import empty_weights
 from lensfx.capture.export import capture, recapture
+from lensfx.capture.hf import empty_cache
 
-__all__ = ["capture", "empty_weights", "recapture"]
+__all__ = ["capture", "empty_cache", "empty_weights", "recapture"]

@@ -84,6 +84,7 @@ class Flat(nn.Module):
         call, seen, decisions = self._call
         flat = filled(call.leaves, leaves)
         args, kwargs = pytree.tree_unflatten(flat, call.in_spec)
+        before = pytree.tree_leaves((args, kwargs), is_leaf=_is_object)
         held = [(m._buffers, name, b) for m in self.model.modules() for name, b in _held(m)]
         with call.mode.entered():
             if decisions is None:
@@ -91,8 +92,8 @@ class Flat(nn.Module):
             else:
                 with decisions:
                     result = self.model(*args, **kwargs)
-        left = pytree.tree_leaves((args, kwargs))
-        seen.rewrote_arguments = len(left) != len(flat) or any(map(is_not, left, flat))
+        after = pytree.tree_leaves((args, kwargs), is_leaf=_is_object)
+        seen.rewrote_arguments = len(after) != len(before) or any(map(is_not, after, before))
         register_dataclasses(result)
         # A torch.Size holds no symbols, so tracing returns a tuple in its place.
         result = pytree.tree_map_only(torch.Size, tuple, result)
@@ -102,6 +103,11 @@ class Flat(nn.Module):
         seen.constants = tuple(None if isinstance(v, _SYMBOLS) else Constant(v) for v in out)
         decided = [] if decisions is None else decisions.values
         return [*(v for v in out if isinstance(v, _SYMBOLS)), *decided]
+
+
+def _is_object(value: Any) -> bool:
+    """Whether a value is no plain container: what a cache does to itself, it also returns."""
+    return not isinstance(value, (list, tuple, dict))
 
 
 def _held(module: nn.Module) -> list[tuple[str, torch.Tensor]]:

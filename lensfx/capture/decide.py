@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from lensfx.capture.failures import is_users
 
-__all__ = ["Decision", "Decisions", "exporting"]
+__all__ = ["Decision", "Decisions", "as_if_traced"]
 
 T = torch.Tensor
 # A loop under a wrong answer need not end.
@@ -203,12 +203,12 @@ def _asking_line() -> str:
 
 
 @contextmanager
-def exporting() -> Iterator[None]:
-    """Model code that asks whether it is being exported is told so: it may branch otherwise."""
+def as_if_traced() -> Iterator[None]:
+    """Model code that asks whether it is being compiled is told so, as it is while it is traced."""
     compiler: Any = torch.compiler
-    before = compiler._is_exporting_flag
-    compiler._is_exporting_flag = True
+    before = compiler.is_compiling
+    compiler.is_compiling = lambda: True
     try:
         yield
     finally:
-        compiler._is_exporting_flag = before
+        compiler.is_compiling = before

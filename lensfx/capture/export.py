@@ -15,10 +15,17 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from lensfx.capture.call import Call, Flat, Seen, kind_of, taken_apart, widenings
 from lensfx.capture.check import DisagreementError, Traced, settle_guards
-from lensfx.capture.decide import Decision, Decisions, exporting
+from lensfx.capture.decide import Decision, Decisions, as_if_traced
 from lensfx.capture.empty import has_no_weights, materialless
-from lensfx.capture.failures import UntraceableError, capture_error, quiet
+from lensfx.capture.failures import UntraceableError, about_sizes, capture_error, quiet
 from lensfx.capture.first_run import first_run
+from lensfx.capture.hf import (
+    admit,
+    cached_calls,
+    exporter_patches,
+    library_models,
+    register_outputs,
+)
 from lensfx.capture.limits import index_limits
 from lensfx.capture.modes import (
     SizeBranches,
@@ -45,7 +52,12 @@ _UNBACKED = re.compile(r"\bu\d+\b")
 
 
 def capture(
-    model: nn.Module, *args: Any, opaque: Sequence[Any] = (), strict: bool = False, **kwargs: Any
+    model: nn.Module,
+    *args: Any,
+    opaque: Sequence[Any] = (),
+    strict: bool = False,
+    cache: bool = False,
+    **kwargs: Any,
 ) -> Program:
     """The model as a Program in normal form, captured in eval mode on one example call.
 
@@ -57,13 +69,20 @@ def capture(
     A submodule that cannot be traced becomes one opaque operator, and so does every module that
     `opaque` names by type, instance or path; `strict` refuses what `opaque` does not name.
 
+    With `cache`, a model of transformers that generates is captured as a function of a cache of
+    keys and values, out of which it returns a longer one: several tokens behind a cache of any
+    length, an empty one from `empty_cache` included. The cache given is left as it is.
+
     Raises: CaptureError naming the user's line if the model rejects the call or cannot be traced.
     """
     model, notes = prepared(model)
     if not isinstance(opaque, (list, tuple, set, frozenset)):
         opaque = (opaque,)
-    origin = Origin(model, tuple(opaque), strict)
-    return _capture(origin, args, kwargs, Mode.ambient(), notes)
+    origin, mode = Origin(model, tuple(opaque), strict), Mode.ambient()
+    if not cache:
+        return _capture(origin, args, kwargs, mode, notes)
+    calls = cached_calls(model, args, kwargs)
+    return admit(_capture(origin, (), calls.many, mode, notes), model, calls.trials)
 
 
 def recapture(
@@ -88,6 +107,7 @@ def _capture(
     model = origin.model
     if not mode.training and any(m.training for m in model.modules()):
         notes += ("the model is in training mode; the program is what it computes in eval mode",)
+    register_outputs(model)
     with quiet(), untouched(model, (args, kwargs), mode.training) as restore:
         call = replace(taken_apart(model, args, kwargs, mode), notes=notes)
         call = first_run(model, call, restore)
@@ -96,11 +116,18 @@ def _capture(
 
 @dataclass(frozen=True)
 class _Way:
-    """One way to trace: casts kept apart, attention by one kernel, what is done about branches."""
+    """One way to trace.
+
+    Casts are kept apart, attention goes by one kernel, `decide` says what is done about branches,
+    `patched` takes in what a library knows of its own models, and only the first `free_axes` axes
+    of each input are left free.
+    """
 
     fresh_casts: bool = True
     plain_attention: bool = False
     decide: str = ""
+    patched: bool = False
+    free_axes: int | None = None
 
 
 class _Capture:
@@ -171,19 +198,25 @@ class _Capture:
             # For a model that writes into what attention, or a cast, returned.
             yield _Way(plain_attention=True)
             yield _Way(fresh_casts=False, plain_attention=True)
-        if not isinstance(plainly, UntraceableError) or self.empty:
+        if not isinstance(plainly, UntraceableError):
             return
-        unknown_size = isinstance(plainly.__cause__, GuardOnDataDependentSymNode)
-        for decide in ("defer", "numbers"):
+        cause = plainly.__cause__
+        unknown_size = isinstance(cause, GuardOnDataDependentSymNode)
+        for decide in () if self.empty else ("defer", "numbers"):
             if self._guess(decide) is not None or (unknown_size and decide == "defer"):
                 yield _Way(decide=decide)
+        if library_models(self.model):
+            yield _Way(patched=True)
+        if not unknown_size and about_sizes(cause):
+            # A call of other sizes is captured when it comes.
+            yield from (_Way(free_axes=free) for free in (2, 1, 0))
 
     def _guess(self, decide: str) -> list[Decision] | None:
         """What the model's code asks for in a plain run on the example; None if nothing."""
         if decide not in self._guesses:
             log = self._mode(decide, None)
             try:
-                with exporting():
+                with as_if_traced():
                     Flat(self.model, self.call, Seen(), log)([t.clone() for t in self.call.example])
             except Exception:
                 # A number that was put off where Python needs one: the other way is for that.
@@ -265,15 +298,18 @@ class _Capture:
         flat = Flat(self.model, self.call, seen, decisions)
         flat.training = False
         # Torch takes a description of no inputs at all for a mistake.
-        shapes = ([{d: Dim.AUTO for d in range(t.ndim)} for t in widened],) if widened else None
+        free = 99 if way.free_axes is None else way.free_axes
+        per_input = [{d: Dim.AUTO for d in range(min(t.ndim, free))} for t in widened]
+        shapes = (per_input,) if widened else None
         opaque = modules.tracing() if self.opaque else contextlib.nullcontext()
         traced: Any = contextlib.nullcontext(widened)
         if self.empty:
             traced = materialless(self.model, widened)
         decide = decisions.condition if decisions is not None and way.decide == "defer" else None
         way_of = tracing(way.fresh_casts, way.plain_attention)
+        patches = exporter_patches(self.model) if way.patched else contextlib.nullcontext()
         try:
-            with traced as given, way_of, SizeBranches(decide) as branches, opaque:
+            with traced as given, way_of, SizeBranches(decide) as branches, opaque, patches:
                 exported = torch.export.export(
                     flat, (list(given),), dynamic_shapes=shapes, strict=False
                 )

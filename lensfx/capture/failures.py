@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import logging
 import os
@@ -15,12 +16,22 @@ from torch import nn
 
 from lensfx.errors import CaptureError, LensError
 
-__all__ = ["UntraceableError", "capture_error", "is_users", "quiet", "said", "user_line"]
+__all__ = [
+    "UntraceableError",
+    "about_sizes",
+    "capture_error",
+    "is_users",
+    "quiet",
+    "said",
+    "user_line",
+]
 
 _TORCH_HOME = os.path.dirname(torch.__file__)
 _PYTHON_HOME = os.path.dirname(os.__file__)
 _CAPTURE_HOME = os.path.dirname(__file__)
 _LONGEST = 300
+# What models call and nobody writes models in.
+_LIBRARIES = ("sympy", "mpmath", "networkx", "numpy", "scipy")
 
 
 class UntraceableError(Exception):
@@ -30,7 +41,7 @@ class UntraceableError(Exception):
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Torch logs and prints the partial graph of a failure; our error says what the user needs."""
-    level = logging.root.manager.disable
+    level, collects = logging.root.manager.disable, gc.isenabled()
     logging.disable(logging.CRITICAL)
     try:
         with (
@@ -41,9 +52,13 @@ def quiet() -> Iterator[None]:
             torch.enable_grad(),
         ):
             warnings.simplefilter("ignore")
+            # Tracing makes objects by the million and hardly any garbage to collect.
+            gc.disable()
             yield
     finally:
         logging.disable(level)
+        if collects:
+            gc.enable()
 
 
 def capture_error(model: nn.Module, failure: Exception) -> CaptureError:
@@ -72,6 +87,12 @@ def _packed(model: nn.Module) -> str:
     return ""
 
 
+def about_sizes(error: BaseException | None) -> bool:
+    """Whether torch failed in its own algebra of symbolic sizes."""
+    frames = traceback.extract_tb(error.__traceback__) if error is not None else []
+    return any("symbolic_shapes" in f.filename or "sympy" in f.filename for f in frames)
+
+
 def said(error: BaseException) -> str:
     """The type and the first line of an error."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -90,5 +111,7 @@ def user_line(error: BaseException) -> str:
 def is_users(path: str) -> bool:
     """Whether a file is part neither of torch, nor of Python, nor of the capture itself."""
     if path.startswith((_TORCH_HOME, _CAPTURE_HOME, "<")):
+        return False
+    if any(f"{os.sep}site-packages{os.sep}{name}{os.sep}" in path for name in _LIBRARIES):
         return False
     return not path.startswith(_PYTHON_HOME) or "site-packages" in path

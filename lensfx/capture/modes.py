@@ -208,6 +208,55 @@ def _memory(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+class CustomBackwardError(Exception):
+    """The model calls a function with a backward of its own, which a trace would lose."""
+
+
+@contextlib.contextmanager
+def as_in_eager() -> Iterator[None]:
+    """Inside, code that is traced does what it does when it is run.
+
+    Models ask whether they are exported, and compute otherwise if so. A `Module.to` that changes
+    nothing does nothing: it would swap parameters for traced ones. A function with a backward of
+    its own is refused, since only its forward would be in the graph.
+    """
+    compiler: Any = torch.compiler
+    function: Any = torch.autograd.Function
+    kept = compiler.is_exporting, nn.Module.to, function.__dict__["apply"]
+    plain_apply = function.apply.__func__
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if not cls.__module__.startswith("torch."):
+            raise CustomBackwardError(
+                f"{cls.__name__} has a backward of its own, which a trace of its forward would lose"
+            )
+        return plain_apply(cls, *args, **kwargs)
+
+    compiler.is_exporting = lambda: False
+    nn.Module.to = _to_if_needed(nn.Module.to)  # type: ignore[method-assign]
+    function.apply = classmethod(apply)
+    try:
+        yield
+    finally:
+        compiler.is_exporting = kept[0]
+        nn.Module.to = kept[1]  # type: ignore[method-assign]
+        function.apply = kept[2]
+
+
+def _to_if_needed(plain: Callable[..., Any]) -> Callable[..., Any]:
+    def to(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        tensors = [*module.parameters(), *module.buffers()]
+        fits = all(
+            (device is None or t.device == device)
+            and (dtype is None or t.dtype == dtype or not t.is_floating_point())
+            for t in tensors
+        )
+        return module if fits else plain(module, *args, **kwargs)
+
+    return to
+
+
 @contextlib.contextmanager
 def tracing(fresh: bool, math: bool) -> Iterator[None]:
     """Export with gradients on and no ambient autocast; `fresh` keeps identity casts apart.
@@ -218,6 +267,7 @@ def tracing(fresh: bool, math: bool) -> Iterator[None]:
     """
     with (
         flat_regions(),
+        as_in_eager(),
         torch.enable_grad(),
         torch.autocast("cpu", enabled=False),
         sdpa_kernel(SDPBackend.MATH) if math else contextlib.nullcontext(),

@@ -125,8 +125,11 @@ class Signature:
         leaves = [leaf.constant for leaf in self.leaves]
         args, kwargs = pytree.tree_unflatten(leaves, self.in_spec)
         then = {**dict(zip(self.positional, args, strict=True)), **kwargs}
-        shape = pytree.tree_structure
-        name = next(n for n, v in values.items() if shape(v) != shape(then[n]))
+        # By the trees themselves: an object made anew from them may leave empty fields out.
+        names = (*self.positional, *self.keywords)
+        trees = [tree for side in self.in_spec._children for tree in side._children]
+        known = dict(zip(names, trees, strict=True))
+        name = next(n for n, v in values.items() if pytree.tree_structure(v) != known[n])
         return GuardError(
             f"{name} is {outline(values[name])}, and was {outline(then[name])} at capture",
             hint="capture again with an example of this structure",

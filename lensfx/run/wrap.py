@@ -38,6 +38,7 @@ def wrap(
     verify: bool = True,
     opaque: Sequence[Any] = (),
     strict: bool = False,
+    cache: bool = False,
     **kwargs: Any,
 ) -> Lens:
     """The model as a lens, captured on one example call, rewritten, and proved equivalent.
@@ -50,12 +51,13 @@ def wrap(
     meet it.
 
     A call off the captured path, of other sizes or in training mode is captured when it comes.
-    `opaque` and `strict` are those of `capture`.
+    `opaque`, `strict` and `cache` are those of `capture`.
 
     Raises: CaptureError, PipelineError, and ContractError if a pass breaks its contract.
     """
     pipeline = Pipeline(_chosen(passes))
-    program = pipeline.run(capture(model, *args, opaque=opaque, strict=strict, **kwargs))
+    options = {"opaque": opaque, "strict": strict, "cache": cache}
+    program = pipeline.run(capture(model, *args, **options, **kwargs))
     return Lens(program, Report.of(program, prove(program) if verify else None))
 
 

@@ -103,6 +103,10 @@ class Rules:
             return ["full_attention"] * (self.layers or 1)
         if field == "pad_token_id":
             return 0
+        if field == "rope_parameters":
+            half = (self.head_dim or HEAD_DIM) // 2
+            sections = [half // 2, half // 4, half // 4]
+            return {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": sections}
         if "int" not in annotation or _TOKEN.search(field) or _KEPT.search(field):
             return None
         found = self._number(field, _UNKNOWN, TokenIds())
