@@ -56,6 +56,7 @@ class Call:
     notes: tuple[str, ...] = ()
     mode: Mode = EVAL
     watches_identity: bool = False
+    calls: int = 0
 
     @property
     def signature(self) -> Signature:

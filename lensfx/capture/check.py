@@ -32,6 +32,7 @@ Tensors = Sequence[torch.Tensor]
 # Sizes of the other axes at which a path of its own is tried; None is the size it was traced at.
 _OTHER_SIZES = (None, 3)
 _MODEL_FAILS = "the model fails there"
+_OTHER_PATH = "the graph is of another path"
 
 
 class DisagreementError(CaptureError):
@@ -86,9 +87,12 @@ def settle_guards(program: Program, model: nn.Module, traced: Traced) -> Program
             hint="capture with an example whose axes are larger than 1",
         )
     difference = trials.disagreement(program.example, effects=True)
+    where = "on its own example"
+    if difference is None:
+        difference, where = trials.disagreement_elsewhere(settled.guards), "at other sizes"
     if difference is not None:
         raise DisagreementError(
-            f"the captured graph is not the model on its own example: {difference}",
+            f"the captured graph is not the model {where}: {difference}",
             hint="a forward that keeps state between calls, or draws random numbers, does this",
         )
     return settled
@@ -208,6 +212,24 @@ class _Trials:
                 tensors[axis.leaf] = tensor.index_select(axis.axis, picked)
         return tensors
 
+    def disagreement_elsewhere(self, guards: Guards) -> str | None:
+        """How the graph differs from the model at sizes and values that were not traced.
+
+        Code that knows it is traced may do other arithmetic there, which happens to give the same
+        bits at one size.
+        """
+        sizes = {
+            str(a.symbol): min(self.traced.inputs[a.leaf].shape[a.axis] + 2 + a.axis, a.high)
+            for a in guards.dynamic
+            if str(a.symbol).isidentifier()
+        }
+        generator = torch.Generator().manual_seed(7)
+        tensors = [_redrawn(t, generator) for t in self._sized(sizes)]
+        if not sizes or any(t.is_meta for t in tensors) or not _passes(guards, tensors):
+            return None
+        found = self.disagreement(tensors)
+        return None if found is None or found.startswith((_MODEL_FAILS, _OTHER_PATH)) else found
+
     def _agree_elsewhere(self, guards: Guards, ones: Mapping[str, int], size: int | None) -> bool:
         symbols = (str(a.symbol) for a in guards.dynamic)
         others = [s for s in symbols if s not in ones and s.isidentifier()]
@@ -244,7 +266,7 @@ class _Trials:
         except OtherPathError as error:
             if effects:
                 raise
-            return f"the graph is of another path: {error.headline}"
+            return f"{_OTHER_PATH}: {error.headline}"
         except Exception as error:
             return f"the graph fails where the model runs: {type(error).__name__}: {error}"
         if len(want) != len(got):

@@ -29,7 +29,9 @@ from lensfx.capture.hf import (
 from lensfx.capture.limits import index_limits
 from lensfx.capture.modes import (
     SizeBranches,
+    TooSlowError,
     tracing,
+    within,
 )
 from lensfx.capture.normal_form import normal_form
 from lensfx.capture.opaque import OpaqueModules, chosen, failing_module, reason
@@ -48,6 +50,8 @@ __all__ = ["capture", "recapture"]
 # How often a wrong guess of a branch is put right before the model is called untraceable.
 _CORRECTIONS = 64
 _HUGE = 2**40
+# Seconds that a trace may take besides what its calls take, by far.
+_PATIENCE = 20.0
 _UNBACKED = re.compile(r"\bu\d+\b")
 
 
@@ -118,13 +122,15 @@ def _capture(
 class _Way:
     """One way to trace.
 
-    Casts are kept apart, attention goes by one kernel, `decide` says what is done about branches,
+    Casts are kept apart, attention goes by one kernel, the model is told that it is compiled (1)
+    and that it is exported (2) or not (0), `decide` says what is done about branches on values,
     `patched` takes in what a library knows of its own models, and only the first `free_axes` axes
     of each input are left free.
     """
 
     fresh_casts: bool = True
     plain_attention: bool = False
+    said: int = 2
     decide: str = ""
     patched: bool = False
     free_axes: int | None = None
@@ -195,12 +201,18 @@ class _Capture:
         yield _Way()
         plainly = failures[-1]
         if isinstance(plainly, DisagreementError):
+            # Code for export may be other arithmetic.
+            yield _Way(said=1)
             # For a model that writes into what attention, or a cast, returned.
             yield _Way(plain_attention=True)
             yield _Way(fresh_casts=False, plain_attention=True)
+            yield _Way(said=0)
+            yield from (_Way(free_axes=free) for free in (1, 0))
         if not isinstance(plainly, UntraceableError):
             return
         cause = plainly.__cause__
+        if isinstance(cause, TooSlowError):
+            yield _Way(said=1)
         unknown_size = isinstance(cause, GuardOnDataDependentSymNode)
         for decide in () if self.empty else ("defer", "numbers"):
             if self._guess(decide) is not None or (unknown_size and decide == "defer"):
@@ -306,10 +318,18 @@ class _Capture:
         if self.empty:
             traced = materialless(self.model, widened)
         decide = decisions.condition if decisions is not None and way.decide == "defer" else None
-        way_of = tracing(way.fresh_casts, way.plain_attention)
+        way_of = tracing(way.fresh_casts, way.plain_attention, way.said)
+        patience = within(_PATIENCE + 0.02 * self.call.calls if way == _Way() else 3600)
         patches = exporter_patches(self.model) if way.patched else contextlib.nullcontext()
         try:
-            with traced as given, way_of, SizeBranches(decide) as branches, opaque, patches:
+            with (
+                traced as given,
+                way_of,
+                SizeBranches(decide) as branches,
+                opaque,
+                patches,
+                patience,
+            ):
                 exported = torch.export.export(
                     flat, (list(given),), dynamic_shapes=shapes, strict=False
                 )

@@ -82,7 +82,8 @@ def _run(model: nn.Module, call: Call) -> tuple[Call, list[Any]]:
         ) from error
     asked = any(function in LAYOUT_READS for function, _ in log.calls)
     contiguous = tuple(t.is_contiguous() for t in call.example) if asked else ()
-    return replace(_shown(call, seen), contiguous=contiguous), log.calls
+    call = replace(_shown(call, seen), contiguous=contiguous, calls=len(log.calls))
+    return call, log.calls
 
 
 def _path(model: nn.Module, call: Call, restore: Callable[[], Any]) -> list[Any] | None:

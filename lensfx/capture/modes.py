@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -212,17 +213,43 @@ class CustomBackwardError(Exception):
     """The model calls a function with a backward of its own, which a trace would lose."""
 
 
+class TooSlowError(Exception):
+    """The trace takes far longer than one of so many calls should."""
+
+
 @contextlib.contextmanager
-def as_in_eager() -> Iterator[None]:
+def within(seconds: float) -> Iterator[None]:
+    """Give a trace up that adds nodes after this time.
+
+    Code that a model keeps for export may unroll what is one call otherwise.
+    """
+    plain = torch.fx.Graph.create_node
+    end = time.monotonic() + seconds
+
+    def create_node(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if time.monotonic() > end:
+            raise TooSlowError(f"no end of the trace after {seconds:.0f} s")
+        return plain(self, *args, **kwargs)
+
+    torch.fx.Graph.create_node = create_node  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.fx.Graph.create_node = plain  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def as_in_eager(said: int) -> Iterator[None]:
     """Inside, code that is traced does what it does when it is run.
 
-    Models ask whether they are exported, and compute otherwise if so. A `Module.to` that changes
+    Models ask whether they are exported or compiled, and may compute otherwise if so: `said` is 2
+    to let them know both, 1 to say compiled only, 0 to say neither. A `Module.to` that changes
     nothing does nothing: it would swap parameters for traced ones. A function with a backward of
     its own is refused, since only its forward would be in the graph.
     """
     compiler: Any = torch.compiler
     function: Any = torch.autograd.Function
-    kept = compiler.is_exporting, nn.Module.to, function.__dict__["apply"]
+    kept = compiler.is_exporting, compiler.is_compiling, nn.Module.to, function.__dict__["apply"]
     plain_apply = function.apply.__func__
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
@@ -232,15 +259,18 @@ def as_in_eager() -> Iterator[None]:
             )
         return plain_apply(cls, *args, **kwargs)
 
-    compiler.is_exporting = lambda: False
+    if said < 2:
+        compiler.is_exporting = lambda: False
+    if said < 1:
+        compiler.is_compiling = lambda: False
     nn.Module.to = _to_if_needed(nn.Module.to)  # type: ignore[method-assign]
     function.apply = classmethod(apply)
     try:
         yield
     finally:
-        compiler.is_exporting = kept[0]
-        nn.Module.to = kept[1]  # type: ignore[method-assign]
-        function.apply = kept[2]
+        compiler.is_exporting, compiler.is_compiling = kept[:2]
+        nn.Module.to = kept[2]  # type: ignore[method-assign]
+        function.apply = kept[3]
 
 
 def _to_if_needed(plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -258,16 +288,17 @@ def _to_if_needed(plain: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def tracing(fresh: bool, math: bool) -> Iterator[None]:
+def tracing(fresh: bool, math: bool, said: int = 2) -> Iterator[None]:
     """Export with gradients on and no ambient autocast; `fresh` keeps identity casts apart.
 
     The kernel that torch picks for attention gives its result other strides than the plain one
     has, so a `contiguous` behind it may be traced as nothing. That matters only to code that
-    writes through it, which `math` is for: it costs a third of the whole trace.
+    writes through it, which `math` is for: it costs a third of the whole trace. `said` is what the
+    model is told of being exported.
     """
     with (
         flat_regions(),
-        as_in_eager(),
+        as_in_eager(said),
         torch.enable_grad(),
         torch.autocast("cpu", enabled=False),
         sdpa_kernel(SDPBackend.MATH) if math else contextlib.nullcontext(),

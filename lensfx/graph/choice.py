@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import fx
@@ -46,13 +46,18 @@ def _decided(value: torch.Tensor, expected: Any, site: str, index: int, slack: f
     # but part of what is computed.
     if slack and abs(got - expected) <= slack * abs(expected):
         return
-    raise OtherPathError(index, site, expected, got)
+    _other_path(index, site, expected, got)
 
 
 @torch.library.impl(_LIBRARY, "decided.size", "CompositeExplicitAutograd")
 def _decided_size(value: Any, expected: Any, site: str, index: int) -> None:
     if value != expected:
-        raise OtherPathError(index, site, expected, value)
+        _other_path(index, site, expected, value)
+
+
+@torch.compiler.disable
+def _other_path(index: int, site: str, expected: Any, value: Any) -> NoReturn:
+    raise OtherPathError(index, site, expected, value)
 
 
 @torch.library.impl(_LIBRARY, "decided", "Meta")
@@ -64,6 +69,9 @@ def _decided_nowhere(
 
 decided: Any = torch.ops.lensfx.decided.default
 decided_size: Any = torch.ops.lensfx.decided.size
+# A compiler would drop an operator without results.
+for _op in (decided, decided_size):
+    torch.library._register_effectful_op(_op, torch.library.EffectType.ORDERED)
 
 
 def is_choice(node: fx.Node) -> bool:
