@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
-.PHONY: demo test lint zoo bench clean
+.PHONY: demo test zoo bench fuzz clean
 .DELETE_ON_ERROR:
 
 # torch goes in first and pinned: asked for by another package it would come with all of CUDA.
@@ -39,6 +39,10 @@ test: $(VENV)/.dev
 zoo: $(VENV)/.dev
 	$(install)
 	$(BIN)/python benchmarks/zoo.py
+
+fuzz: $(VENV)/.dev
+	$(install)
+	LENSFX_FUZZ=$${LENSFX_FUZZ:-5000} OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/fuzz -k random
 
 bench: $(VENV)/.dev
 	$(install)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from operator import is_not
 from typing import Any
 
@@ -57,6 +58,7 @@ class Call:
     mode: Mode = EVAL
     watches_identity: bool = False
     calls: int = 0
+    draws: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def signature(self) -> Signature:
@@ -150,6 +152,13 @@ def taken_apart(
                 f"{leaf.name} is an object of type {kind}, in which torch sees no tensors",
                 hint=f"pass the tensors in lists or dicts, or register {kind} as a pytree node",
             )
+    for leaf, v in zip(leaves, flat, strict=True):
+        if isinstance(v, torch.Tensor) and (v.layout is not torch.strided or v.is_nested):
+            kind = "nested" if v.is_nested else str(v.layout).removeprefix("torch.")
+            raise CaptureError(
+                f"{leaf.name} is a {kind} tensor, and graphs here are of dense ones",
+                hint=f"let forward make it out of dense tensors, or pass {leaf.name}.to_dense()",
+            )
     tensors = (v.detach() for v in flat if isinstance(v, torch.Tensor))
     example = tuple(v.clone() if v.is_inference() else v for v in tensors)
     return Call(forward, positional, keywords, spec, leaves, example, mode=mode)
@@ -168,7 +177,15 @@ def _leaves(tree: Any, positional: Sequence[str]) -> Iterator[Leaf]:
             same = first_seen.setdefault(id(value), number)
             yield Leaf(name, True, same=None if same == number else same)
         else:
-            yield Leaf(name, False, value)
+            yield Leaf(name, False, value, _copy_of(value))
+
+
+def _copy_of(value: Any) -> Any:
+    """What a constant is now, since its owner may change it; None if it cannot be copied."""
+    try:
+        return copy.deepcopy(value)
+    except Exception:
+        return None
 
 
 def register_dataclasses(tree: Any) -> None:

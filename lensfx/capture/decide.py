@@ -110,8 +110,9 @@ class Decisions(TorchFunctionMode):
         return result
 
     def _item(self, tensor: torch.Tensor) -> Any:
-        if self.defer:
-            return tensor.detach().reshape(())
+        if self.defer and tensor.is_floating_point():
+            # Python computes in double precision, and without bounds on integers.
+            return tensor.detach().reshape(()).to(torch.float64)
         if tensor.dtype is torch.bool:
             return self._decide(tensor, "item", bool)
         if tensor.is_complex():
@@ -132,10 +133,10 @@ class Decisions(TorchFunctionMode):
 
     def _text(self, func: Any, args: tuple[Any, ...]) -> str:
         self.asked = True
-        if self.known is None:
-            return str(func(*args))
-        # What is printed while tracing is thrown away, and is no reason to guard a value.
-        return "0"
+        if not args[0].is_floating_point():
+            # The text may be a key; that of a float is no more than a message.
+            return format(self._item(args[0]), args[1])
+        return str(func(*args)) if self.known is None else "0"
 
     def _decide(self, tensor: Any, kind: str, cast: Callable[[Any], Any]) -> Any:
         # Some functions take a number in place of a tensor.

@@ -22,7 +22,7 @@ def empty_weights() -> Iterator[None]:
     """Inside, every parameter of a new module takes no memory; buffers are computed as always.
 
     The parameters are on the meta device and tied where the model ties them. Capture works on such
-    a model, and `Program.bind` gives the program its weights.
+    a model, and `lensfx.bind` gives the program its weights.
     """
     kept = nn.Parameter.__dict__["__new__"]
     make = nn.Parameter.__new__

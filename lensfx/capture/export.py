@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.export import Dim
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
@@ -42,6 +43,8 @@ from lensfx.errors import CaptureError, LensError
 from lensfx.graph.choice import OtherPathError
 from lensfx.graph.guards import Guards
 from lensfx.graph.mode import Mode
+from lensfx.graph.node import argument
+from lensfx.graph.ops import writes
 from lensfx.graph.program import Program, Source
 from lensfx.graph.signature import Signature
 
@@ -50,6 +53,8 @@ __all__ = ["capture", "recapture"]
 # How often a wrong guess of a branch is put right before the model is called untraceable.
 _CORRECTIONS = 64
 _HUGE = 2**40
+# A trace replaces methods of torch for its time.
+_ONE_AT_A_TIME = threading.RLock()
 # Seconds that a trace may take besides what its calls take, by far.
 _PATIENCE = 20.0
 _UNBACKED = re.compile(r"\bu\d+\b")
@@ -112,7 +117,7 @@ def _capture(
     if not mode.training and any(m.training for m in model.modules()):
         notes += ("the model is in training mode; the program is what it computes in eval mode",)
     register_outputs(model)
-    with quiet(), untouched(model, (args, kwargs), mode.training) as restore:
+    with _ONE_AT_A_TIME, quiet(), untouched(model, (args, kwargs), mode.training) as restore:
         call = replace(taken_apart(model, args, kwargs, mode), notes=notes)
         call = first_run(model, call, restore)
         return _Capture(origin, call, restore).program()
@@ -143,15 +148,20 @@ class _Capture:
         self.origin, self.call, self.restore = origin, call, restore
         self.model = origin.model
         self.empty = has_no_weights(origin.model)
-        self.opaque: dict[str, str] = chosen(self.model, origin.opaque)
+        self.opaque: dict[str, str] = {**call.draws, **chosen(self.model, origin.opaque)}
         self._guesses: dict[str, list[Decision] | None] = {}
 
     def program(self) -> Program:
         """The captured program.
 
-        Raises: CaptureError for the first way that failed, when all have.
+        Raises: CaptureError for what is left when all that can be opaque is.
         """
-        first: Exception | None = None
+        if self.opaque and self.empty:
+            raise CaptureError(
+                f"{next(iter(self.opaque))} cannot stay opaque in a model that has no weights: "
+                "nothing shows what it returns",
+                hint="capture the model with its weights",
+            )
         while True:
             modules = OpaqueModules(self.model, self.opaque)
             if self.opaque:
@@ -159,13 +169,13 @@ class _Capture:
             try:
                 return self._by_ladder(modules)
             except (UntraceableError, LensError) as error:
-                first = first or error
                 self.restore()
                 cause = error.__cause__ or error
                 found = failing_module(self.model, cause, self.opaque)
                 found = found or self._blamed(error)
                 if found is None or self.origin.strict or self.empty:
-                    raise capture_error(self.model, first) from first
+                    may = found if self.origin.strict else None
+                    raise capture_error(self.model, error, may, self.empty) from error
                 self.opaque[found] = reason(cause)
 
     def _blamed(self, error: Exception) -> str | None:
@@ -176,15 +186,16 @@ class _Capture:
 
     def _observe(self, modules: OpaqueModules) -> None:
         """Real runs at several sizes show how the results of opaque modules follow their inputs."""
-        with modules.observing():
-            for tensors in _resized(self.call.example):
-                try:
+        for tensors in _resized(self.call.example):
+            try:
+                # Anew for each run: going back to the state before takes out what observes.
+                with modules.observing():
                     Flat(self.model, self.call, Seen())([t.clone() for t in tensors])
-                except Exception as error:
-                    if tensors is self.call.example:
-                        raise error
-                finally:
-                    self.restore()
+            except Exception as error:
+                if tensors is self.call.example:
+                    raise error
+            finally:
+                self.restore()
 
     def _by_ladder(self, modules: OpaqueModules) -> Program:
         failures: list[Exception] = []
@@ -289,10 +300,12 @@ class _Capture:
         full = call.signature
         # A condition on one size is the same wherever that size is 1, so a run there tells.
         guards = _guards(exported, graph, full, branches.conditions(sizes=2))
-        guards = replace(guards, contiguous=call.contiguous)
+        written = any(_writes_input(n) for n in graph.nodes)
+        guards = replace(guards, contiguous=call.contiguous, writes_inputs=written)
         guards = guards.with_limits(index_limits(graph, guards))
         path = _guards(exported, graph, full, branches.conditions())
-        source = Source(type(self.model).__name__, call.notes, unread, aliases, dict(self.opaque))
+        kept = {o.path: o.why for o in modules.calls}
+        source = Source(type(self.model).__name__, call.notes, unread, aliases, kept)
         parts = (graph, tensors, full, guards, call.example, source)
         program = Program(*parts, origin=self.origin, mode=call.mode)
         return settle_guards(
@@ -366,6 +379,11 @@ def _guards(exported: Any, graph: Any, signature: Signature, branches: Sequence[
     # Sizes that values decide are results of the graph, and guarded as such.
     conditions = [c for c in (*exported._guards_code, *branches) if not _UNBACKED.search(c)]
     return Guards.build(placeholders, signature.tensor_names, ranges, conditions)
+
+
+def _writes_input(node: fx.Node) -> bool:
+    targets = (argument(node, name) for name in writes(node) if node.op == "call_function")
+    return any(isinstance(t, fx.Node) and t.op == "placeholder" for t in targets)
 
 
 def _number(bound: Any, otherwise: int) -> int:

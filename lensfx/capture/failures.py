@@ -7,6 +7,7 @@ import gc
 import io
 import logging
 import os
+import re
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -61,8 +62,10 @@ def quiet() -> Iterator[None]:
             gc.enable()
 
 
-def capture_error(model: nn.Module, failure: Exception) -> CaptureError:
-    """The failure as an error for the user."""
+def capture_error(
+    model: nn.Module, failure: Exception, may: str | None = None, empty: bool = False
+) -> CaptureError:
+    """The failure as an error for the user; `may` is a submodule that could stay opaque."""
     if isinstance(failure, LensError):
         return CaptureError(failure.headline, at=failure.at, hint=failure.hint)
     cause = failure.__cause__ or failure
@@ -71,17 +74,26 @@ def capture_error(model: nn.Module, failure: Exception) -> CaptureError:
             f"{path} keeps packed weights in an object that torch cannot trace: {said(cause)}",
             hint="wrap the model as it was before its weights were packed or quantised",
         )
+    hint = (
+        "move that line into a submodule of its own, which can then stay opaque, or express it "
+        "with tensor operations whose path does not depend on values"
+    )
+    if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
+        hint = f"take the forward hooks off, if that is where it is; else {hint}"
+    if empty:
+        hint = "capture the model with its weights: without them no value is known"
+    if may:
+        hint = f"leave out strict=True, or name it: opaque=[{may!r}]"
     return CaptureError(
-        f"{type(model).__name__} cannot be traced: {said(cause)}",
-        at=user_line(cause),
-        hint="move that line into a submodule of its own, which can then stay opaque, or express "
-        "it with tensor operations whose path does not depend on values",
+        f"{type(model).__name__} cannot be traced: {said(cause)}", at=user_line(cause), hint=hint
     )
 
 
 def _packed(model: nn.Module) -> str:
     """The first module that keeps more than tensors for torch's own kernels."""
     for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
         if any(isinstance(v, torch.ScriptObject) for v in vars(module).values()):
             return path or type(module).__name__
     return ""
@@ -90,6 +102,9 @@ def _packed(model: nn.Module) -> str:
 def about_sizes(error: BaseException | None) -> bool:
     """Whether torch failed in its own algebra of symbolic sizes."""
     frames = traceback.extract_tb(error.__traceback__) if error is not None else []
+    # A size in place of a number, as the key of a cache or the name of a module.
+    if re.search(r"SymInt|'s\d+'|invalid literal|must be real number", str(error)):
+        return True
     return any("symbolic_shapes" in f.filename or "sympy" in f.filename for f in frames)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,14 +20,14 @@ from lensfx.capture.modes import (
     ParameterWriteError,
     ReadOnlyParameters,
 )
-from lensfx.capture.untouched import hides_tensors
+from lensfx.capture.untouched import hides_tensors, seeded
 from lensfx.errors import CaptureError
 
 __all__ = ["first_run"]
 
 _OTHER_WITHOUT_GRADIENTS = (
-    "with gradients off the model takes another path, such as a fused kernel of torch's; the "
-    "program is the path with gradients on"
+    "with gradients off the model gives other numbers, as fused kernels of torch's do; the program "
+    "is the model with gradients on"
 )
 
 
@@ -42,14 +44,109 @@ def first_run(model: nn.Module, call: Call, restore: Callable[[], list[str]]) ->
         call = _on_shapes(model, replace(call, notes=(*call.notes, NOT_RUN)))
         restore()
         return call
+    drawn = _python_random_state()
     call, path = _run(model, call)
+    if drawn != _python_random_state():
+        call = replace(call, draws=_drawing(model, call, restore))
     notes = call.notes
     if kept := restore():
+        _refuse_state(model, call, kept, restore)
         notes += (f"forward sets {', '.join(kept[:5])}; a call of the program does not",)
-    with torch.no_grad():
-        if _path(model, call, restore) not in (path, None):
-            notes += (_OTHER_WITHOUT_GRADIENTS,)
+    if _differs_without_gradients(model, call, restore):
+        notes += (_OTHER_WITHOUT_GRADIENTS,)
     return _watching_identity(model, replace(call, notes=notes), path, restore)
+
+
+def _python_random_state() -> Any:
+    numpy = sys.modules.get("numpy")
+    return random.getstate(), None if numpy is None else numpy.random.get_state()[1].tolist()
+
+
+def _drawing(model: nn.Module, call: Call, restore: Callable[[], Any]) -> dict[str, str]:
+    """The smallest submodules that draw from Python's or numpy's random numbers, and why.
+
+    Raises: CaptureError if the model itself does.
+    """
+    paths = {id(m): path for path, m in model.named_modules()}
+    open_calls: list[list[Any]] = []
+    found: dict[str, str] = {}
+
+    def enter(module: nn.Module, args: Any) -> None:
+        open_calls.append([_python_random_state(), False])
+
+    def leave(module: nn.Module, args: Any, out: Any) -> None:
+        before, below = open_calls.pop()
+        drew = before != _python_random_state()
+        if drew and not below and id(module) in paths:
+            found[paths[id(module)]] = "it draws from Python's or numpy's random numbers"
+        if drew and open_calls:
+            open_calls[-1][1] = True
+
+    hooks = torch.nn.modules.module
+    handles = [
+        hooks.register_module_forward_pre_hook(enter),
+        hooks.register_module_forward_hook(leave),
+    ]
+    try:
+        Flat(model, call, Seen())([t.clone() for t in call.example])
+    finally:
+        for handle in handles:
+            handle.remove()
+        restore()
+    if "" in found or not found:
+        raise CaptureError(
+            f"{type(model).__name__}.forward draws from Python's or numpy's random numbers, which "
+            "a graph cannot",
+            hint="draw with torch, or in a submodule, which can then stay opaque",
+        )
+    return found
+
+
+def _refuse_state(
+    model: nn.Module, call: Call, kept: Sequence[str], restore: Callable[[], Any]
+) -> None:
+    """A second call on what the first one left behind shows whether it matters."""
+    results = []
+    with seeded(model):
+        for _ in range(2):
+            try:
+                flat = Flat(model, call, Seen())([t.clone() for t in call.example])
+            except Exception:
+                flat = []
+            results.append([v.clone() if isinstance(v, torch.Tensor) else v for v in flat])
+            torch.manual_seed(0)
+    restore()
+    buffers = {name.rpartition(".")[2] for name, _ in model.named_buffers()}
+    if not _alike(*results) and set(kept) - buffers:
+        raise CaptureError(
+            f"{type(model).__name__} keeps {', '.join(kept[:5])} from one call for the next, which "
+            "a graph cannot",
+            hint="register it with register_buffer and update it in place, or pass it in",
+        )
+
+
+def _differs_without_gradients(model: nn.Module, call: Call, restore: Callable[[], Any]) -> bool:
+    """Whether results are others with gradients off; fused kernels hide when they are watched."""
+    results = []
+    for gradients in (True, False):
+        with seeded(model), torch.set_grad_enabled(gradients):
+            try:
+                flat = Flat(model, call, Seen())([t.clone() for t in call.example])
+            except Exception:
+                return False
+            finally:
+                restore()
+        results.append([v.detach() for v in flat if isinstance(v, torch.Tensor)])
+    return not _alike(*results)
+
+
+def _alike(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    pairs = zip(a, b, strict=False)
+    return len(a) == len(b) and all(
+        x.shape == y.shape and torch.equal(x.nan_to_num(), y.nan_to_num())
+        for x, y in pairs
+        if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor)
+    )
 
 
 def _on_shapes(model: nn.Module, call: Call) -> Call:

@@ -19,7 +19,10 @@ from lensfx.graph.ops import CASTS, VIEWS
 __all__ = ["index_limits"]
 
 aten = torch.ops.aten
-_SAME = (*CASTS, *VIEWS, aten.clone.default, aten.repeat.default, aten.expand_as.default)
+# A slice of a count ends earlier than the count does.
+_CUTS = (aten.slice.Tensor, aten.select.int, aten.index.Tensor)
+_VIEWS = tuple(v for v in VIEWS if v not in _CUTS)
+_SAME = (*CASTS, *_VIEWS, aten.clone.default, aten.repeat.default, aten.expand_as.default)
 _ARANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step)
 
 

@@ -36,6 +36,8 @@ __all__ = [
 _TORCH_HOME = os.path.dirname(torch.__file__)
 T = torch.Tensor
 _TO = torch.Tensor.to
+_HOOK = torch.Tensor.register_hook
+_DATA: Any = torch._C.TensorBase.data
 _SHORT_CASTS = {
     "float": torch.float32,
     "double": torch.float64,
@@ -183,6 +185,8 @@ class ParameterWriteError(Exception):
 class ReadOnlyParameters(TorchDispatchMode):
     """Raises ParameterWriteError before an operator writes into a parameter's memory."""
 
+    supports_higher_order_operators = True
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self._names = {_memory(p): name for name, p in model.named_parameters()}
@@ -192,8 +196,9 @@ class ReadOnlyParameters(TorchDispatchMode):
     ) -> Any:
         """The result of `func`, unless it writes into a parameter."""
         kwargs = kwargs or {}
-        if func._schema.is_mutable:
-            for i, declared in enumerate(func._schema.arguments):
+        schema = getattr(func, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            for i, declared in enumerate(schema.arguments):
                 if declared.alias_info is not None and declared.alias_info.is_write:
                     given = args[i] if i < len(args) else kwargs.get(declared.name)
                     self._refuse_write(given)
@@ -206,7 +211,8 @@ class ReadOnlyParameters(TorchDispatchMode):
 
 
 def _memory(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
+    # A sparse tensor has none of its own.
+    return int(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else id(tensor)
 
 
 class CustomBackwardError(Exception):
@@ -250,6 +256,7 @@ def as_in_eager(said: int) -> Iterator[None]:
     compiler: Any = torch.compiler
     function: Any = torch.autograd.Function
     kept = compiler.is_exporting, compiler.is_compiling, nn.Module.to, function.__dict__["apply"]
+    hook, data = T.__dict__.get("register_hook"), T.__dict__.get("data")
     plain_apply = function.apply.__func__
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
@@ -265,12 +272,41 @@ def as_in_eager(said: int) -> Iterator[None]:
         compiler.is_compiling = lambda: False
     nn.Module.to = _to_if_needed(nn.Module.to)  # type: ignore[method-assign]
     function.apply = classmethod(apply)
+    T.register_hook = _refuse_hook  # type: ignore[method-assign]
+    T.data = property(_data, _refuse_data)  # type: ignore[assignment]
     try:
         yield
     finally:
         compiler.is_exporting, compiler.is_compiling = kept[:2]
         nn.Module.to = kept[2]  # type: ignore[method-assign]
         function.apply = kept[3]
+        for name, value in (("register_hook", hook), ("data", data)):
+            if value is None:
+                delattr(T, name)
+            else:
+                setattr(T, name, value)
+
+
+def _refuse_hook(tensor: torch.Tensor, hook: Any) -> Any:
+    if _by_user():
+        raise CustomBackwardError("register_hook changes a gradient, which no graph shows")
+    return _HOOK(tensor, hook)
+
+
+def _data(tensor: torch.Tensor) -> torch.Tensor:
+    # To the tracer what `data` gives is another tensor, that nothing is known of.
+    return tensor.detach() if _by_user() else _DATA.__get__(tensor)
+
+
+def _refuse_data(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    if _by_user():
+        raise CustomBackwardError("an assignment to .data changes a tensor behind its graph")
+    _DATA.__set__(tensor, value)
+
+
+def _by_user() -> bool:
+    file = sys._getframe(2).f_code.co_filename
+    return not file.startswith((_TORCH_HOME, "<"))
 
 
 def _to_if_needed(plain: Callable[..., Any]) -> Callable[..., Any]:

@@ -135,7 +135,8 @@ class OpaqueModules:
         after = [*inputs, *(s.value() for s in slots)]
         pairs = enumerate(zip(before, after, strict=True))
         seen.updates = tuple(k for k, (a, b) in pairs if a is not None and _changed(a, b))
-        seen.state = 0 if random_state(sources) == state else _room(len(state))
+        # A call that draws nothing now may draw on other values.
+        seen.state = _room(len(state))
         results, seen.out_spec = flattened(result)
         self._refuse_hidden(path, "returns", results)
         key = (path, len(self._runs[-1].setdefault(path, [])))
@@ -239,12 +240,13 @@ _Gradients = tuple[tuple[bool, ...], tuple[bool, ...], bool]
 
 
 def _gradients(call: Call, given: Sequence[Tensor], updates: Sequence[int]) -> _Gradients:
-    """Which outputs and updates carry a gradient, which tensors it reaches, whether a run needs it.
+    """Which outputs and updates can carry a gradient, which tensors it can reach.
 
-    Found by running the call once more each way; where that fails, all of them do.
+    Found by running the call once more; where that fails, all of them do. A run always has
+    gradients on: kernels give other last bits to operands that need none.
     """
     tensors = [*given, *(s.value().detach().clone() for s in call.slots)]
-    count, needs, carries, reached = len(given), False, (True,) * 99, [True] * len(tensors)
+    count, carries, reached = len(given), (True,) * 99, [True] * len(tensors)
 
     def ends(leaves: Sequence[Tensor]) -> list[Any]:
         copies = [t.clone() if k in updates else t for k, t in enumerate(leaves)]
@@ -252,28 +254,19 @@ def _gradients(call: Call, given: Sequence[Tensor], updates: Sequence[int]) -> _
         final = [*copies[:count], *left]
         return [*tensors_of(results), *(final[k] for k in updates)]
 
-    with call.undone(tensors), torch.no_grad():
-        try:
-            ends([leaf(t, False) for t in tensors])
-        except Exception:
-            needs = True
     with call.undone(tensors), torch.enable_grad(), contextlib.suppress(Exception):
         # A buffer takes no part, unless it asks to.
         mute = [False] * count + [s.is_buffer and not s.value().requires_grad for s in call.slots]
         pairs = zip(tensors, mute, strict=True)
         leaves = [leaf(t, t.dtype.is_floating_point and not m) for t, m in pairs]
         made = ends(leaves)
-        found = [t.requires_grad for t in made]
-        asked = [t for t in leaves if t.requires_grad]
-        live = [t for t in made if t.requires_grad]
-        grads: list[Any] = [None] * len(asked)
-        if live and asked:
-            ones = [torch.ones_like(t) for t in live]
-            grads = list(torch.autograd.grad(live, asked, ones, allow_unused=True))
-        hit = iter([g is not None for g in grads])
-        reached = [t.requires_grad and next(hit) for t in leaves]
-        carries = tuple(found)
-    return carries, tuple(reached), needs
+        # What this call did not take may be what another takes: an expert, a branch.
+        reached = [t.requires_grad for t in leaves]
+        results = len(made) - len(updates)
+        carries = tuple(
+            t.requires_grad or (k < results and t.is_floating_point()) for k, t in enumerate(made)
+        )
+    return carries, tuple(reached), True
 
 
 def _room(length: int) -> int:
@@ -289,9 +282,15 @@ def _changed(old: Tensor, new: Any) -> bool:
 def _slots(module: nn.Module) -> tuple[Slot, ...]:
     """Parameters, buffers and tensors kept as attributes, each with all places that hold it."""
     found: dict[int, list[tuple[str, dict[str, Any], str, bool]]] = {}
-    for path, part in module.named_modules():
-        for holder in (part._parameters, part._buffers, part.__dict__):
-            for name, value in holder.items():
+    parts = dict(module.named_modules())
+    for name, value in module.__dict__.items():
+        for k, part in enumerate(value if isinstance(value, list) else ()):
+            if isinstance(part, nn.Module):
+                parts |= {f"{name}.{k}.{p}".strip("."): m for p, m in part.named_modules()}
+    for path, part in parts.items():
+        kept = [v for v in part.__dict__.values() if type(v) is dict]
+        for holder in (part._parameters, part._buffers, part.__dict__, *kept):
+            for name, value in list(holder.items()):
                 if isinstance(value, Tensor):
                     full = f"{path}.{name}" if path else name
                     entry = (full, holder, name, holder is part._buffers)

@@ -46,13 +46,15 @@ class Origin:
                 memo[id(tensor)] = given
         return replace(self, model=copy.deepcopy(self.model, memo))
 
-    def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Origin:
-        """The same for a copy of the model whose parameters and buffers went through `move`.
+    def moved(
+        self, move: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any
+    ) -> Origin:
+        """The same for a copy of the model that went through `to(*args, **kwargs)`.
 
-        What the copy keeps otherwise is shared. Raises: CaptureError if it cannot be copied.
+        `move` is what that does to one tensor. Raises: CaptureError if it cannot be copied.
         """
         try:
-            model = _copied(self.model, move)
+            model = _copied(self.model, move, *args, **kwargs)
         except Exception as error:
             raise CaptureError(
                 f"{type(self.model).__name__} cannot be copied: {type(error).__name__}: {error}",
@@ -63,7 +65,13 @@ class Origin:
         return replace(self, model=model, opaque=opaque)
 
 
-def _copied(model: nn.Module, move: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
+def _copied(
+    model: nn.Module, move: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any
+) -> nn.Module:
+    kinds = {type(m) for m in model.modules()}
+    if any(k._apply is not nn.Module._apply or k.to is not nn.Module.to for k in kinds):
+        # Some parts have a mind of their own, such as a table that stays in float32.
+        return copy.deepcopy(model).to(*args, **kwargs)
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         moved = nn.Parameter(move(parameter.detach()), requires_grad=parameter.requires_grad)

@@ -11,6 +11,7 @@ from lensfx.capture.decide import Decision
 from lensfx.graph.choice import choices, decided, decided_size
 from lensfx.graph.compiled import closure
 from lensfx.graph.node import source_line
+from lensfx.graph.ops import is_random
 
 __all__ = ["drop_settled", "guard_path"]
 
@@ -36,7 +37,7 @@ def drop_settled(graph: fx.Graph) -> None:
     """
     for node in choices(graph):
         known = closure([node])
-        if not any(n.op == "placeholder" or _is_state(n) for n in known):
+        if not any(n.op == "placeholder" or _is_state(n) or is_random(n) for n in known):
             graph.erase_node(node)
 
 

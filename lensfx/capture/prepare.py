@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.parameter import is_lazy
 
 from lensfx.errors import CaptureError
@@ -22,9 +24,19 @@ def prepared(model: Any) -> tuple[nn.Module, tuple[str, ...]]:
     """
     notes: list[str] = []
     while (inner := _wrapped(model)) is not None:
+        if _hooks(model) or _backward_hooks(model):
+            raise CaptureError(
+                f"there are hooks on the {type(model).__name__} wrapper, which is taken off",
+                hint="register them on the model inside",
+            )
         notes.append(f"captured without its {type(model).__name__} wrapper")
         model = inner
     _refuse_other_tools(model)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError(
+            f"{type(model).__name__} is TorchScript, whose Python code is gone",
+            hint="use the module that it was scripted from",
+        )
     lazy = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if is_lazy(t)]
     if lazy:
         raise CaptureError(
@@ -35,21 +47,28 @@ def prepared(model: Any) -> tuple[nn.Module, tuple[str, ...]]:
         where = ", ".join(name or "the model itself" for name in hooked[:3])
         more = f" and {len(hooked) - 3} more" if len(hooked) > 3 else ""
         notes.append(f"forward hooks are part of what is captured, at {where}{more}")
+    if backward := [name for name, m in model.named_modules() if _backward_hooks(m)]:
+        where = ", ".join(name or "the model itself" for name in backward[:3])
+        notes.append(f"backward hooks are no part of what is captured, at {where}")
     return model, tuple(notes)
 
 
 def _wrapped(model: Any) -> nn.Module | None:
     """What a wrapper that computes nothing of its own holds."""
     # What torch.compile returns: its forward hides the signature and the parameters' names.
-    inner = getattr(model, "_orig_mod", None)
-    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    if inner is None and isinstance(model, parallel):
-        inner = model.module
-    return inner if isinstance(inner, nn.Module) else None
+    if isinstance(model, OptimizedModule):
+        return model._orig_mod
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return model.module
+    return None
 
 
 def _hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _backward_hooks(module: nn.Module) -> bool:
+    return bool(module._backward_hooks or module._backward_pre_hooks)
 
 
 def _refuse_other_tools(model: Any) -> None:

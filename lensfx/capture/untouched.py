@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dis
 import functools
 import random
 import sys
@@ -38,8 +39,7 @@ def untouched(
     returns the names of what had changed.
     """
     before = _State([*model.modules(), call])
-    keep = training and model.training
-    flags = [m.training if keep else training for m in model.modules()]
+    flags = _flags(model, training)
 
     def restore() -> list[str]:
         changed = before.restore()
@@ -52,6 +52,20 @@ def untouched(
             yield restore
     finally:
         before.restore()
+
+
+def _flags(model: nn.Module, training: bool) -> list[bool]:
+    """The flags in a mode; some parts may be frozen, by hand or by a `train` of their own."""
+    if training and model.training:
+        return [m.training for m in model.modules()]
+    if training and any(type(m).train is not nn.Module.train for m in model.modules()):
+        before = [m.training for m in model.modules()]
+        model.train()
+        flags = [m.training for m in model.modules()]
+        for m, flag in zip(model.modules(), before, strict=True):
+            m.training = flag
+        return flags
+    return [training for _ in model.modules()]
 
 
 def _prepare(model: nn.Module, flags: Sequence[bool]) -> None:
@@ -98,13 +112,18 @@ class _State:
     def __init__(self, roots: Iterable[Any]) -> None:
         self._containers: list[tuple[Any, Any]] = []
         self._tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._generators: list[tuple[torch.Generator, torch.Tensor]] = []
         for value in _reachable(roots):
             if isinstance(value, torch.Tensor):
                 # Subclasses may not compare or copy as plain tensors do.
                 if type(value) is torch.Tensor and value.layout is torch.strided:
-                    self._tensors.append((value, value.detach().clone()))
+                    self._tensors.append((value, _held_value(value)))
+            elif isinstance(value, torch.Generator):
+                self._generators.append((value, value.get_state()))
             elif isinstance(value, types.CellType):
                 self._containers.append((value, value.cell_contents))
+            elif isinstance(value, _Globals):
+                self._containers.append((value, value.values()))
             elif isinstance(value, (dict, list, set, deque)):
                 self._containers.append((value, _copied(value)))
 
@@ -117,7 +136,17 @@ class _State:
             if not tensor.is_meta and not _same(tensor, value):
                 with torch.inference_mode(tensor.is_inference()), torch.no_grad():
                     tensor.copy_(value)
+            if tensor.grad_fn is not None and not value.requires_grad:
+                # It was written into with gradients on, and has a history since.
+                tensor.detach_()
+        for generator, state in self._generators:
+            generator.set_state(state)
         return [name for name in dict.fromkeys(changed) if name not in _OURS]
+
+
+def _held_value(tensor: torch.Tensor) -> torch.Tensor:
+    # With a history of its own it is left with one.
+    return tensor.detach().clone().requires_grad_(tensor.grad_fn is not None)
 
 
 def holds_tensors(value: Any) -> bool:
@@ -158,10 +187,25 @@ def _inside(value: Any) -> Iterable[Any]:
         return _used_by(value)
     if isinstance(value, types.MethodType):
         return [value.__self__, value.__func__]
+    if isinstance(value, _Globals):
+        return list(value.values().values())
     if isinstance(value, functools.partial):
         return [value.func, value.args, value.keywords]
     own = getattr(value, "__dict__", None)
-    return [own] if type(own) is dict else ()
+    found = [own] if type(own) is dict else []
+    if isinstance(value, nn.Module):
+        found += _of_class(type(value))
+    slots = [n for c in type(value).__mro__ for n in getattr(c, "__slots__", ()) or ()]
+    return [*found, *(getattr(value, n, None) for n in slots if isinstance(n, str))]
+
+
+def _of_class(kind: type) -> list[Any]:
+    """What classes of modules keep for all of their instances, and the forwards that use it."""
+    own = [c for c in kind.__mro__ if "forward" in vars(c)]
+    written = [c for c in own if not c.__module__.startswith("torch.")]
+    held = [v for c in written for v in vars(c).values()]
+    kept = [v for v in held if isinstance(v, (dict, list, set, deque, torch.Tensor))]
+    return [*kept, *(v for c in written if isinstance(v := vars(c)["forward"], types.FunctionType))]
 
 
 def _used_by(function: types.FunctionType) -> list[Any]:
@@ -170,7 +214,21 @@ def _used_by(function: types.FunctionType) -> list[Any]:
         return []
     cells = [c for c in function.__closure__ or () if _filled(c)]
     named = [function.__globals__.get(n) for n in function.__code__.co_names]
-    return [*cells, *(v for v in named if isinstance(v, (dict, list, set, deque)))]
+    defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    kept = [v for v in (*named, *defaults) if isinstance(v, (dict, list, set, deque))]
+    stored = {i.argval for i in dis.get_instructions(function) if i.opname == "STORE_GLOBAL"}
+    return [*cells, *kept, *([_Globals(function.__globals__, tuple(stored))] if stored else [])]
+
+
+class _Globals:
+    """The global names that a function assigns to, as a container of their values."""
+
+    def __init__(self, names: dict[str, Any], stored: tuple[str, ...]) -> None:
+        self.names, self.stored = names, stored
+
+    def values(self) -> dict[str, Any]:
+        """What the names stand for now; those that are not set are left out."""
+        return {n: self.names[n] for n in self.stored if n in self.names}
 
 
 def _filled(cell: types.CellType) -> bool:
@@ -189,6 +247,13 @@ def _copied(container: Any) -> Any:
 def _refill(container: Any, kept: Any) -> list[str]:
     if isinstance(container, types.CellType):
         container.cell_contents = kept
+        return []
+    if isinstance(container, _Globals):
+        for name in container.stored:
+            if name in kept:
+                container.names[name] = kept[name]
+            else:
+                container.names.pop(name, None)
         return []
     if isinstance(container, dict):
         return _refill_dict(container, *kept)

@@ -14,14 +14,12 @@ from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
 
 from lensfx.errors import GuardError
 
-__all__ = ["Axis", "Guards", "Limit", "LimitError"]
+__all__ = ["Axis", "Guards", "Limit", "LimitError", "SharedMemoryError"]
 
 _ATOM = re.compile(r"\d+|t\[\d+\]\.shape\[\d+\]")
 _SIZE = re.compile(r"L\['leaves'\]\[(\d+)\]\.size\(\)\[(\d+)\]")
 _SYMBOL = re.compile(r"\bs\d+\b")
 _INFINITE = 2**40
-# Ids of either width index alike; every other change of dtype is another model.
-_ALIKE = frozenset({torch.int32, torch.int64})
 
 
 @dataclass(frozen=True)
@@ -35,6 +33,10 @@ class Axis:
     size: int | None
     low: int = 0
     high: int = _INFINITE
+
+
+class SharedMemoryError(GuardError):
+    """Two inputs overlap, and a write into one would reach the other in a way no graph shows."""
 
 
 class LimitError(GuardError):
@@ -76,6 +78,7 @@ class Guards:
     names: tuple[str, ...]
     contiguous: tuple[bool, ...] = ()
     limits: tuple[Limit, ...] = ()
+    writes_inputs: bool = False
     _code: tuple[Any, ...] = ()
     _passed: set[Any] = field(default_factory=set, compare=False, repr=False)
 
@@ -96,9 +99,10 @@ class Guards:
         """
         layouts = tuple(t.is_contiguous() for t in tensors) if self.contiguous else ()
         key = (tuple((t.shape, t.dtype) for t in tensors), layouts)
-        if key in self._passed:
+        if key in self._passed and not self.writes_inputs:
             return
         self._check_kinds(tensors)
+        self._check_memory(tensors)
         for limit in self.limits:
             limit.check(tensors, self.names)
         for axis in self.axes:
@@ -135,10 +139,22 @@ class Guards:
                     f"{name} has {tensor.ndim} axes, {ranks[i]} at capture",
                     hint="capture again with an example of this rank",
                 )
-            if tensor.dtype != dtype and not _ALIKE.issuperset((tensor.dtype, dtype)):
+            if tensor.dtype != dtype:
                 raise GuardError(
                     f"{name} is {tensor.dtype}, {dtype} at capture",
                     hint=f"pass {name}.to({dtype}), or capture again",
+                )
+
+    def _check_memory(self, tensors: Sequence[torch.Tensor]) -> None:
+        if not self.writes_inputs:
+            return
+        owners: dict[int, str] = {}
+        for name, tensor in zip(self.names, tensors, strict=True):
+            other = owners.setdefault(tensor.untyped_storage()._cdata, name)
+            if other != name:
+                raise SharedMemoryError(
+                    f"{other} and {name} share memory, and the model writes into its inputs",
+                    hint=f"pass {name}.clone()",
                 )
 
     @staticmethod

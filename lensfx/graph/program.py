@@ -116,6 +116,10 @@ class Program:
     mode: Mode = EVAL
 
     @cached_property
+    def _without_weights(self) -> bool:
+        return any(t.is_meta for t in self.tensors.values())
+
+    @cached_property
     def flat(self) -> fx.GraphModule:
         """The graph as a module from flat tensors to a flat tuple; parameters are shared."""
         return flat_module(self.graph, self.tensors)
@@ -124,11 +128,20 @@ class Program:
         """What the model returns on this call, of the same type."""
         tensors = self.signature.bind(args, kwargs)
         self.guards.check(tensors)
-        self._check_mode()
+        self.check_runnable()
         with plain():
             return self.signature.unflatten(list(self.flat(*tensors)))
 
-    def _check_mode(self) -> None:
+    def check_runnable(self) -> None:
+        """Pass if a call here and now can be run: under the mode of the capture, with weights.
+
+        Raises: GuardError.
+        """
+        if self._without_weights:
+            raise GuardError(
+                f"the program of {self.source.model} holds no weights, so it cannot be run",
+                hint="give it weights: lensfx.bind(program, state_dict)",
+            )
         here = Mode.ambient(self.mode.training)
         if here != self.mode:
             raise GuardError(

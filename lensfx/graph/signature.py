@@ -20,12 +20,14 @@ __all__ = ["Leaf", "Signature", "bound_arguments", "filled", "outline"]
 class Leaf:
     """One leaf of the input tree: a tensor the graph reads, or a constant baked at capture.
 
-    `same` numbers the first tensor leaf that was this very object: a model may ask `q is k`.
+    `kept` is a copy of a constant that can change. `same` numbers the first tensor leaf that was
+    this very object: a model may ask `q is k`.
     """
 
     name: str
     is_tensor: bool
     constant: Any = None
+    kept: Any = None
     same: int | None = None
 
 
@@ -191,13 +193,22 @@ def _checked(leaf: Leaf, value: Any) -> bool:
                 hint="capture again with an example of this kind",
             )
         return True
-    if not _same(leaf.constant, value):
+    if not _unchanged(leaf, value):
         raise GuardError(
             f"{leaf.name} was {leaf.constant!r} at capture and is {_short(value)} here: "
             "values that are not tensors are baked into the graph",
             hint=f"capture again with {leaf.name}={_short(value)}",
         )
     return False
+
+
+def _unchanged(leaf: Leaf, value: Any) -> bool:
+    try:
+        return _same(leaf.constant if leaf.kept is None else leaf.kept, value)
+    except GuardError:
+        if value is leaf.constant:
+            return True
+        raise
 
 
 class _Star:
@@ -216,16 +227,27 @@ def _short(value: Any) -> str:
     return repr(value)
 
 
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, type)
+
+
 def _same(a: Any, b: Any) -> bool:
-    if a is b:
-        return True
     if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor) or type(a) is not type(b):
         return False
+    if isinstance(a, _PLAIN):
+        # Zero has two signs, and a division tells them apart; NaN is not equal to itself.
+        return repr(a) == repr(b) if isinstance(a, (float, complex)) else bool(a == b)
     try:
-        # Zero has two signs, and a division tells them apart.
-        return bool(a == b) and (not isinstance(a, float) or repr(a) == repr(b))
+        equal = a == b
+        if isinstance(equal, bool) and (equal or type(a).__eq__ is not object.__eq__):
+            return equal
+        if not isinstance(equal, bool):
+            return bool(getattr(equal, "all", lambda: equal)())
     except Exception as error:
         raise GuardError(
             f"values of type {type(a).__name__} cannot be compared: {error}",
             hint="pass the very object that was given at capture, or capture again",
         ) from error
+    mine, other = getattr(a, "__dict__", None), getattr(b, "__dict__", None)
+    if mine is None or other is None:
+        return False
+    return mine.keys() == other.keys() and all(_same(mine[k], other[k]) for k in mine)

@@ -50,7 +50,10 @@ def bind(
         program,
         graph=_moved(program.graph, target),
         tensors=MappingProxyType(tensors),
-        example=tuple(t.to(target) for t in program.example),
+        example=tuple(
+            torch.zeros_like(t, device=target) if t.is_meta else t.to(target)
+            for t in program.example
+        ),
         origin=_origin(program, weights),
     )
 
@@ -74,6 +77,11 @@ class _Given:
         if isinstance(weights, nn.Module):
             parameters = weights.named_parameters(remove_duplicate=False)
             weights = {**dict(parameters), **dict(weights.named_buffers(remove_duplicate=False))}
+        if not callable(getattr(weights, "keys", None)):
+            raise RewriteError(
+                f"weights are given as {type(weights).__name__}",
+                hint="pass a state dict, an open safetensors file, or the module that holds them",
+            )
         self._names = frozenset(weights.keys())
         # A safetensors file reads one tensor at a time, under another method.
         lazily = getattr(weights, "get_tensor", None)

@@ -100,6 +100,9 @@ class Lens:
         self._names.resolve(names_filter)
         variant, tensors = self._chosen(args, kwargs)
         names = _kept(variant, names_filter, stop)
+        if names_filter is not None and not callable(names_filter):
+            for name in names:
+                self._variants.check_name(variant, name)
         grads: dict[str, torch.Tensor] = {}
         keep_grads = _collector(variant, names, grads) if incl_bwd else {}
         out, values = self._run(variant, tensors, tuple(names), stop, keep_grads)
@@ -227,7 +230,12 @@ class Lens:
         return self
 
     def parameters(self) -> list[nn.Parameter]:
-        """Each trainable tensor once: the model's own objects, save those that a pass folded."""
+        """Each trainable tensor once: the model's own objects, save those that a pass folded.
+
+        In training mode it is what the training graph reads, captured now if it was not yet.
+        """
+        if self.training:
+            return self._variants.trained(Mode.ambient(True)).program.parameters()
         found = [p for program in self.programs for p in program.parameters()]
         return list({id(p): p for p in found}.values())
 
@@ -255,12 +263,13 @@ class Lens:
         stop: str | None,
         grads: Mapping[str, HookFunction] | None = None,
     ) -> tuple[Any, tuple[torch.Tensor, ...]]:
-        variant.sources.warn_if_changed()
+        variant.program.check_runnable()
+        variant.sources.follow()
         active = self._hooks.active(grads or {})
         edited = frozenset(active.forward) | frozenset(active.backward) | frozenset(active.collect)
         places = variant.names.places
-        if lost := sorted(edited - places.keys()):
-            raise variant.names.unknown(lost[0])
+        for name in sorted(edited):
+            self._variants.check_name(variant, name)
         if stop is not None:
             upstream = variant.runs.upstream(stop)
             edited = frozenset(n for n in edited if places[n].node in upstream)

@@ -1,10 +1,13 @@
-"""Folded weights are copies: say so when the parameters they came from change."""
+"""Folded weights follow the parameters they came from when those change."""
 
 from __future__ import annotations
 
 import warnings
 
+import torch
+
 from lensfx.graph.program import Program
+from lensfx.rewrite.blocks import evaluate
 
 __all__ = ["FoldedSources"]
 
@@ -13,19 +16,45 @@ class FoldedSources:
     """The parameters that folded weights were computed from, as they were then."""
 
     def __init__(self, program: Program) -> None:
-        base = program.unfolded or program
-        names = {s for f in program.formulas.values() for s in f.sources if s in base.tensors}
-        self._seen = {name: (base.tensors[name], base.tensors[name]._version) for name in names}
+        self._program = program
+        self._base = program.unfolded or program
+        known = self._base.tensors
+        self._sources = {
+            name: [s for s in formula.sources if s in known]
+            for name, formula in program.formulas.items()
+        }
+        self._seen = {name: self._versions(name) for name in self._sources}
+        self._own = {name: program.tensors[name]._version for name in self._sources}
 
-    def warn_if_changed(self) -> None:
-        """Warn once if a source was written to in place since: the model is then another one."""
-        changed = [name for name, (t, version) in self._seen.items() if t._version != version]
-        if not changed:
-            return
-        self._seen = {name: entry for name, entry in self._seen.items() if name not in changed}
-        warnings.warn(
-            f"{changed[0]} was changed in place after it was folded: the lens keeps the folded "
-            "value, so it is no longer this model. Wrap the model again, or use passes=None, "
-            "which shares every parameter",
-            stacklevel=4,
-        )
+    def _versions(self, name: str) -> list[int]:
+        return [self._base.tensors[s]._version for s in self._sources[name]]
+
+    def written(self) -> dict[str, torch.Tensor]:
+        """The folded parameters that somebody has written to since they were computed."""
+        tensors = self._program.tensors
+        return {n: tensors[n] for n, v in self._own.items() if tensors[n]._version != v}
+
+    def follow(self) -> None:
+        """Compute again what was folded from a parameter that has been written to since.
+
+        Warns where the folded parameter has been written to as well: it is left as it is, and the
+        lens is then another model.
+        """
+        for name in [n for n, seen in self._seen.items() if self._versions(n) != seen]:
+            pairs = zip(self._sources[name], self._seen[name], self._versions(name), strict=True)
+            changed = next(source for source, then, now in pairs if then != now)
+            self._seen[name] = self._versions(name)
+            if name in self.written():
+                warnings.warn(
+                    f"{changed} was changed in place, and so was {name}, which was "
+                    "folded from it: the lens keeps the folded value, so it is no longer this "
+                    "model. Train the parameters of the lens or those of the model, not both",
+                    stacklevel=4,
+                )
+                continue
+            tensor, formula = self._program.tensors[name], self._program.formulas[name]
+            root = formula.graph.output_node().args[0][0]  # type: ignore[index]
+            value = evaluate(root, lambda n: self._base.tensors[str(n.target)], tensor.dtype)  # type: ignore[arg-type]
+            with torch.no_grad():
+                tensor.copy_(value)
+            self._own[name] = tensor._version

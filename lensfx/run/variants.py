@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -14,13 +16,14 @@ import torch
 from torch import fx
 
 from lensfx.capture import recapture
-from lensfx.errors import CaptureError, GuardError, LensError
+from lensfx.capture.untouched import untouched
+from lensfx.errors import CaptureError, GuardError, LensError, UnknownNameError
 from lensfx.graph.choice import OtherPathError, choices
 from lensfx.graph.compiled import closure, compiled
-from lensfx.graph.guards import LimitError
+from lensfx.graph.guards import LimitError, SharedMemoryError
 from lensfx.graph.mode import Mode, plain
-from lensfx.graph.node import module_path
-from lensfx.graph.ops import is_impure, written_tensors
+from lensfx.graph.node import module_path, source_line
+from lensfx.graph.ops import is_hook, is_impure, written_tensors
 from lensfx.graph.program import Program
 from lensfx.report.report import Report
 from lensfx.rewrite.pipeline import Pipeline
@@ -28,12 +31,31 @@ from lensfx.run.axes import Axes
 from lensfx.run.names import Names
 from lensfx.run.sources import FoldedSources
 from lensfx.run.specialise import Specialiser
-from lensfx.verify.prove import prove
+from lensfx.verify.prove import Equivalence, prove
 
-__all__ = ["Variant", "Variants"]
+__all__ = ["Variant", "Variants", "proved"]
 
 KEPT = 16
 PATHS = 8
+
+
+def locked(method: Callable[..., Any]) -> Callable[..., Any]:
+    """One thread at a time, since a pick may capture and reorders what is kept."""
+
+    @functools.wraps(method)
+    def inside(self: Variants, *args: Any, **kwargs: Any) -> Any:
+        with self.lock:
+            return method(self, *args, **kwargs)
+
+    return inside
+
+
+def proved(program: Program) -> Equivalence:
+    """The proof of a program; modules in it that are run as they stand keep their state."""
+    if program.origin is None or not program.source.opaque:
+        return prove(program)
+    with untouched(program.origin.model, (), program.mode.training):
+        return prove(program)
 
 
 class Variant:
@@ -45,8 +67,6 @@ class Variant:
         self.names = Names(program)
         self.runs = Specialiser(program, self.names)
         self.sources = FoldedSources(program)
-        folded = {name: program.tensors[name] for name in program.formulas}
-        self._folded = {name: (t, t._version) for name, t in folded.items()}
 
     @cached_property
     def axes(self) -> Axes:
@@ -87,10 +107,6 @@ class Variant:
         new.output(())
         return compiled(new), [str(n.target) for n in reads]
 
-    def written_folds(self) -> dict[str, torch.Tensor]:
-        """The folded parameters that have been written to since they were folded."""
-        return {n: t for n, (t, version) in self._folded.items() if t._version != version}
-
     @contextlib.contextmanager
     def _unchanged(self) -> Iterator[None]:
         """Put back the random state and whatever the graph writes to."""
@@ -117,12 +133,14 @@ class Variants:
         self._all = [self.main]
         self._origin = program.origin
         self._warned = False
+        self.lock = threading.RLock()
 
     @property
     def all(self) -> tuple[Variant, ...]:
         """Every variant, the first one first."""
         return tuple(self._all)
 
+    @locked
     def pick(self, args: tuple[Any, ...], kwargs: Any, mode: Mode) -> tuple[Variant, Any]:
         """The variant that is the model on this call, and the call's tensors.
 
@@ -138,7 +156,7 @@ class Variants:
                 tensors = program.signature.bind(args, kwargs)
                 program.guards.check(tensors)
                 variant.takes(tensors)
-            except LimitError:
+            except SharedMemoryError:
                 raise
             except GuardError as error:
                 misses.append(error)
@@ -157,14 +175,15 @@ class Variants:
         if main.origin is None:
             raise CaptureError("this program does not know the model it came from")
         move = _move(*args, **kwargs)
-        origin = main.origin.moved(move)
+        origin = main.origin.moved(move, *args, **kwargs)
         example = [move(t) for t in main.example]
         given, named = main.signature.arguments(example)
         program = recapture(replace(main, origin=origin), given, named, main.mode)
         entries = [replace(r.entry, expect=None) for r in main.reports]
         program = Pipeline(entries).run(program)
         report = self._proved(program)
-        written = {n: move(t.detach()) for n, t in self.main.written_folds().items()}
+        latest = [item for v in self._all for item in v.sources.written().items()]
+        written = {n: move(t.detach()) for n, t in latest}
         with torch.no_grad():
             for name, value in written.items():
                 if name in program.tensors:
@@ -173,8 +192,34 @@ class Variants:
 
     def _proved(self, program: Program) -> Report:
         """The report of a new program, with a proof if the first one has one."""
-        proof = prove(program) if self.main.report.equivalence is not None else None
-        return Report.of(program, proof)
+        known = self.main.report.equivalence is not None
+        return Report.of(program, proved(program) if known else None)
+
+    def trained(self, mode: Mode) -> Variant:
+        """The variant of a mode for the call that was wrapped, captured now if there is none."""
+        known = next((v for v in self._all if v.program.mode == mode), None)
+        if known is None:
+            args, kwargs = self.main.program.signature.arguments(self.main.program.example)
+            known, _ = self.pick(args, kwargs, mode)
+        return known
+
+    def check_name(self, variant: Variant, name: str) -> None:
+        """Pass if a hook name means in a variant what it means in the call that was wrapped.
+
+        Native names number the operators of a path, and another path has others.
+        Raises: UnknownNameError.
+        """
+        place, known = variant.names.places.get(name), self.main.names.places.get(name)
+        if place is None:
+            raise variant.names.unknown(name)
+        here = module_path(place.node), source_line(place.node)
+        there = (module_path(known.node), source_line(known.node)) if known else here
+        if variant is not self.main and not is_hook(place.node) and here != there:
+            raise UnknownNameError(
+                f"{name!r} is another value on the path of this call",
+                at=[f"{here[1]}, on this path", f"{there[1]}, on the path that was wrapped"],
+                hint="wrap the model on a call of this path to edit values that only it has",
+            )
 
     def _latest(self) -> list[Variant]:
         return self._all[::-1]
@@ -201,11 +246,15 @@ class Variants:
         try:
             program = recapture(replace(main, origin=origin), args, dict(kwargs), mode)
         except CaptureError as error:
+            if limit := next((m for m in misses if isinstance(m, LimitError)), None):
+                raise limit from error
             raise GuardError(error.headline, at=error.at, hint=error.hint) from error
         entries = [replace(r.entry, expect=None) for r in main.reports]
         program = Pipeline(entries).run(program)
         report = self._proved(program)
-        variant = Variant(adopted(program, main), report)
+        for variant in self._all:
+            program = adopted(program, variant.program)
+        variant = Variant(program, report)
         self._all.append(variant)
         self._bound(misses)
         return variant

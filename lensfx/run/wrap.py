@@ -13,7 +13,7 @@ from lensfx.report.report import Report
 from lensfx.rewrite.pipeline import Pipeline
 from lensfx.rewrite.rule import Pass
 from lensfx.run.lens import Lens
-from lensfx.verify.prove import prove
+from lensfx.run.variants import proved
 
 __all__ = ["default_passes", "wrap"]
 
@@ -58,7 +58,7 @@ def wrap(
     pipeline = Pipeline(_chosen(passes))
     options = {"opaque": opaque, "strict": strict, "cache": cache}
     program = pipeline.run(capture(model, *args, **options, **kwargs))
-    return Lens(program, Report.of(program, prove(program) if verify else None))
+    return Lens(program, Report.of(program, proved(program) if verify else None))
 
 
 def _chosen(passes: str | Iterable[Pass] | None) -> tuple[Pass, ...]:

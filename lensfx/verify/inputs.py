@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +17,7 @@ from lensfx.graph.node import is_op, shape_of
 from lensfx.graph.ops import CASTS, VIEWS
 from lensfx.graph.program import Program
 
-__all__ = ["Scenario", "hard_inputs", "scenarios"]
+__all__ = ["Scenario", "hard_inputs", "scenarios", "seeded"]
 
 # Small on purpose: a wrong rewrite is wrong at every size, and float64 runs should stay cheap.
 LARGEST = 8
@@ -31,6 +34,24 @@ class Scenario:
     inputs: tuple[torch.Tensor, ...]
     weights: dict[str, torch.Tensor]
     dtype: torch.dtype | None = None
+
+
+@contextlib.contextmanager
+def seeded() -> Iterator[None]:
+    """The same random numbers inside each time, of torch, Python and numpy; none are used up."""
+    numpy = sys.modules.get("numpy")
+    kept = random.getstate(), numpy and numpy.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            random.seed(0)
+            if numpy is not None:
+                numpy.random.seed(0)
+            yield
+    finally:
+        random.setstate(kept[0])
+        if numpy is not None:
+            numpy.random.set_state(kept[1])
 
 
 def hard_inputs(program: Program, seed: int = 0) -> list[tuple[torch.Tensor, ...]]:

@@ -17,7 +17,7 @@ from lensfx.graph.program import Program, Rewrite, Stage
 from lensfx.rewrite.pipeline import apply
 from lensfx.verify.compare import Difference, drift, rows
 from lensfx.verify.contract import Exact, Observes, UpToLogitShift
-from lensfx.verify.inputs import Scenario, hard_inputs, scenarios
+from lensfx.verify.inputs import Scenario, hard_inputs, scenarios, seeded
 from lensfx.verify.oracle import Float64
 
 __all__ = ["Equivalence", "PassProof", "prove"]
@@ -94,8 +94,7 @@ class _Probe:
         own = scenario.weights
         values = [own[w].clone() if w in self._written else own[w] for w in self._weights]
         inputs = [t.clone() for t in scenario.inputs]
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(0)
+        with seeded(), torch.no_grad():
             if self._exact:
                 return list(self._function(None, *inputs, *values))
             with Float64(dtype=scenario.dtype) as oracle:

@@ -1,4 +1,4 @@
-"""Folded weights are copies; a lens says so when what they came from changes."""
+"""Folded weights follow the parameters that they came from."""
 
 import warnings
 
@@ -32,16 +32,48 @@ def model() -> nn.Module:
 IDS = torch.arange(10).reshape(2, 5)
 
 
-def test_a_folded_source_that_changes_is_named_once(model: nn.Module) -> None:
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.allclose(a.log_softmax(-1), b.log_softmax(-1), atol=1e-5)
+
+
+def test_folded_weights_follow_the_model(model: nn.Module) -> None:
     lens = lensfx.wrap(model, IDS, verify=False)
-    before = lens(IDS)
+    folded = lens.program.tensors["head.weight"]
+    for parameter in (model.norm.weight, model.norm.bias, model.head.weight):
+        with torch.no_grad():
+            parameter.mul_(2)
+        assert same(lens(IDS), model(IDS))
+    assert lens.program.tensors["head.weight"] is folded
+
+
+def test_both_changed_is_said_once(model: nn.Module) -> None:
+    lens = lensfx.wrap(model, IDS, verify=False)
     with torch.no_grad():
-        model.norm.weight.mul_(2)
-    with pytest.warns(UserWarning, match=r"norm\.weight was changed in place after it was folded"):
-        assert torch.equal(lens(IDS), before)
+        lens.program.tensors["head.weight"].mul_(3)
+        lens(IDS)
+        model.head.weight.mul_(2)
+    with pytest.warns(UserWarning, match=r"head\.weight was changed in place, and so was"):
+        lens(IDS)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         lens(IDS)
+
+
+def test_training_switches_keep_eval_and_training_together() -> None:
+    class Dropped(Small):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            drop = nn.functional.dropout(self.norm(self.tokens(ids)), 0.1, self.training)
+            return self.head(drop)
+
+    torch.manual_seed(0)
+    model = Dropped().eval()
+    lens = lensfx.wrap(model, IDS, verify=False)
+    optimizer = torch.optim.SGD(lens.train().parameters(), lr=0.5)
+    for _ in range(3):
+        lens(IDS).square().sum().backward()
+        optimizer.step()
+    assert same(lens.eval()(IDS), model(IDS))
+    assert same(lensfx.wrap(model, IDS, verify=False)(IDS), model(IDS))
 
 
 def test_what_is_shared_may_change(model: nn.Module) -> None:
