@@ -38,7 +38,7 @@ from lensfx.capture.normal_form import normal_form
 from lensfx.capture.opaque import OpaqueModules, chosen, failing_module, reason
 from lensfx.capture.origin import Origin
 from lensfx.capture.prepare import prepared
-from lensfx.capture.untouched import untouched
+from lensfx.capture.untouched import seeded, untouched
 from lensfx.errors import CaptureError, LensError
 from lensfx.graph.choice import OtherPathError
 from lensfx.graph.guards import Guards
@@ -239,7 +239,7 @@ class _Capture:
         if decide not in self._guesses:
             log = self._mode(decide, None)
             try:
-                with as_if_traced():
+                with as_if_traced(), seeded(self.model):
                     Flat(self.model, self.call, Seen(), log)([t.clone() for t in self.call.example])
             except Exception:
                 # A number that was put off where Python needs one: the other way is for that.

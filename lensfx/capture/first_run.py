@@ -44,10 +44,13 @@ def first_run(model: nn.Module, call: Call, restore: Callable[[], list[str]]) ->
         call = _on_shapes(model, replace(call, notes=(*call.notes, NOT_RUN)))
         restore()
         return call
-    drawn = _python_random_state()
-    call, path = _run(model, call)
-    if drawn != _python_random_state():
-        call = replace(call, draws=_drawing(model, call, restore))
+    with seeded(model):
+        drawn = _python_random_state()
+        call, path = _run(model, call)
+        draws = drawn != _python_random_state()
+    if draws:
+        with seeded(model):
+            call = replace(call, draws=_drawing(model, call, restore))
     notes = call.notes
     if kept := restore():
         _refuse_state(model, call, kept, restore)
@@ -59,7 +62,7 @@ def first_run(model: nn.Module, call: Call, restore: Callable[[], list[str]]) ->
 
 def _python_random_state() -> Any:
     numpy = sys.modules.get("numpy")
-    return random.getstate(), None if numpy is None else numpy.random.get_state()[1].tolist()
+    return random.getstate(), None if numpy is None else str(numpy.random.get_state()[1:3])
 
 
 def _drawing(model: nn.Module, call: Call, restore: Callable[[], Any]) -> dict[str, str]:
@@ -107,14 +110,13 @@ def _refuse_state(
 ) -> None:
     """A second call on what the first one left behind shows whether it matters."""
     results = []
-    with seeded(model):
-        for _ in range(2):
+    for _ in range(2):
+        with seeded(model):
             try:
                 flat = Flat(model, call, Seen())([t.clone() for t in call.example])
             except Exception:
                 flat = []
-            results.append([v.clone() if isinstance(v, torch.Tensor) else v for v in flat])
-            torch.manual_seed(0)
+        results.append([v.clone() if isinstance(v, torch.Tensor) else v for v in flat])
     restore()
     buffers = {name.rpartition(".")[2] for name, _ in model.named_buffers()}
     if not _alike(*results) and set(kept) - buffers:
@@ -186,7 +188,7 @@ def _run(model: nn.Module, call: Call) -> tuple[Call, list[Any]]:
 def _path(model: nn.Module, call: Call, restore: Callable[[], Any]) -> list[Any] | None:
     """The path of the model's code on the example; None if it fails."""
     try:
-        with CallLog() as log, ReadOnlyParameters(model):
+        with seeded(model), CallLog() as log, ReadOnlyParameters(model):
             Flat(model, call, Seen())([t.clone() for t in call.example])
     except Exception:
         return None

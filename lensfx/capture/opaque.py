@@ -196,6 +196,7 @@ class OpaqueModules:
                 f"the opaque module {path} is called otherwise when traced than when run",
                 hint="let its calls not depend on torch.compiler.is_exporting()",
             )
+        _tie_down(inputs, calls)
         opaque = self._declared(path, index, call, calls)
         self.calls.append(opaque)
         weights = [s.value() for s in self._slots[path]]
@@ -234,6 +235,15 @@ class OpaqueModules:
             state=max(seen.state for seen in calls),
             grad=grad,
         )
+
+
+def _tie_down(inputs: Sequence[Tensor], calls: Sequence[Seen]) -> None:
+    """Fix the sizes that were the same in all runs: at others the module may well fail."""
+    for k, tensor in enumerate(inputs):
+        for axis, size in enumerate(tensor.shape):
+            known = {tensors_of(seen.leaves)[k].shape[axis] for seen in calls}
+            if isinstance(size, torch.SymInt) and len(known) == 1:
+                torch._check(size == known.pop())
 
 
 _Gradients = tuple[tuple[bool, ...], tuple[bool, ...], bool]

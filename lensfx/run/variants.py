@@ -212,12 +212,14 @@ class Variants:
         place, known = variant.names.places.get(name), self.main.names.places.get(name)
         if place is None:
             raise variant.names.unknown(name)
-        here = module_path(place.node), source_line(place.node)
-        there = (module_path(known.node), source_line(known.node)) if known else here
+        here = source_line(place.node), place.node.meta.get("stack_trace")
+        there = here
+        if known is not None:
+            there = source_line(known.node), known.node.meta.get("stack_trace")
         if variant is not self.main and not is_hook(place.node) and here != there:
             raise UnknownNameError(
                 f"{name!r} is another value on the path of this call",
-                at=[f"{here[1]}, on this path", f"{there[1]}, on the path that was wrapped"],
+                at=[f"{here[0]}, on this path", f"{there[0]}, on the path that was wrapped"],
                 hint="wrap the model on a call of this path to edit values that only it has",
             )
 
