@@ -202,7 +202,7 @@ class _Trials:
         tensors = list(self.traced.inputs)
         shapes = [t.shape for t in tensors]
         axes = self.program.guards.dynamic
-        known = {str(a.symbol): shapes[a.leaf][a.axis] for a in axes} | sizes
+        known = {str(a.symbol): shapes[a.leaf][a.axis] for a in axes} | dict(sizes)
         for axis in axes:
             tensor, symbol = tensors[axis.leaf], str(axis.symbol)
             # Some sizes follow from others, such as a batch times a number of heads.

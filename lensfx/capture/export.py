@@ -171,7 +171,7 @@ class _Capture:
             except (UntraceableError, LensError) as error:
                 self.restore()
                 cause = error.__cause__ or error
-                found = failing_module(self.model, cause, self.opaque)
+                found = failing_module(self.model, cause, tuple(self.opaque))
                 found = found or self._blamed(error)
                 if found is None or self.origin.strict or self.empty:
                     may = found if self.origin.strict else None

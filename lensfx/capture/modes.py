@@ -35,7 +35,7 @@ __all__ = [
 
 _TORCH_HOME = os.path.dirname(torch.__file__)
 T = torch.Tensor
-_TO = torch.Tensor.to
+_TO: Any = torch.Tensor.to
 _HOOK = torch.Tensor.register_hook
 _DATA: Any = torch._C.TensorBase.data
 _SHORT_CASTS = {

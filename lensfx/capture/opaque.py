@@ -256,7 +256,8 @@ def _gradients(call: Call, given: Sequence[Tensor], updates: Sequence[int]) -> _
     gradients on: kernels give other last bits to operands that need none.
     """
     tensors = [*given, *(s.value().detach().clone() for s in call.slots)]
-    count, carries, reached = len(given), (True,) * 99, [True] * len(tensors)
+    count, reached = len(given), [True] * len(tensors)
+    carries: tuple[bool, ...] = (True,) * 99
 
     def ends(leaves: Sequence[Tensor]) -> list[Any]:
         copies = [t.clone() if k in updates else t for k, t in enumerate(leaves)]

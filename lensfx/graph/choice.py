@@ -55,7 +55,6 @@ def _decided_size(value: Any, expected: Any, site: str, index: int) -> None:
         _other_path(index, site, expected, value)
 
 
-@torch.compiler.disable
 def _other_path(index: int, site: str, expected: Any, value: Any) -> NoReturn:
     raise OtherPathError(index, site, expected, value)
 
@@ -70,8 +69,9 @@ def _decided_nowhere(
 decided: Any = torch.ops.lensfx.decided.default
 decided_size: Any = torch.ops.lensfx.decided.size
 # A compiler would drop an operator without results.
+_TORCH_LIBRARY: Any = torch.library
 for _op in (decided, decided_size):
-    torch.library._register_effectful_op(_op, torch.library.EffectType.ORDERED)
+    _TORCH_LIBRARY._register_effectful_op(_op, _TORCH_LIBRARY.EffectType.ORDERED)
 
 
 def is_choice(node: fx.Node) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -148,6 +149,11 @@ class Program:
                 f"the program was captured under {self.mode}, and this call is under {here}",
                 hint="capture again inside the same torch.autocast block",
             )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Program:
+        """The same graph over tensors of its own; the model it came from stays the same."""
+        tensors = copy.deepcopy(dict(self.tensors), memo)
+        return replace(self, tensors=MappingProxyType(tensors))
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """Each trainable tensor of the program once, in the order of first use."""

@@ -227,6 +227,11 @@ def _short(value: Any) -> str:
     return repr(value)
 
 
+def _own_names(kind: type) -> set[str]:
+    """What a class and its bases define, other than `object`."""
+    return {name for base in kind.__mro__ if base is not object for name in vars(base)}
+
+
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, type)
 
 
@@ -238,7 +243,7 @@ def _same(a: Any, b: Any) -> bool:
         return repr(a) == repr(b) if isinstance(a, (float, complex)) else bool(a == b)
     try:
         equal = a == b
-        if isinstance(equal, bool) and (equal or type(a).__eq__ is not object.__eq__):
+        if isinstance(equal, bool) and (equal or "__eq__" in _own_names(type(a))):
             return equal
         if not isinstance(equal, bool):
             return bool(getattr(equal, "all", lambda: equal)())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -44,6 +45,10 @@ class Lens:
     def _start(self, program: Program, report: Report | None) -> None:
         self._variants = Variants(program, report)
         self._names = self._variants.main.names
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Lens:
+        """A lens with parameters of its own and no hooks; calls off its path are captured anew."""
+        return Lens(copy.deepcopy(self.program, memo), self.report)
 
     @property
     def program(self) -> Program:

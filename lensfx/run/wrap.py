@@ -56,7 +56,7 @@ def wrap(
     Raises: CaptureError, PipelineError, and ContractError if a pass breaks its contract.
     """
     pipeline = Pipeline(_chosen(passes))
-    options = {"opaque": opaque, "strict": strict, "cache": cache}
+    options: dict[str, Any] = {"opaque": opaque, "strict": strict, "cache": cache}
     program = pipeline.run(capture(model, *args, **options, **kwargs))
     return Lens(program, Report.of(program, proved(program) if verify else None))
 

@@ -19,22 +19,10 @@ from lensfx.graph.program import Program
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 
-_SAME_TENSOR = "one tensor given for several inputs is captured as if they were different ones"
-# What capture does not do yet, and why; a row goes when its model passes.
-FAULTS = {
-    "opaque_value_loop": "every value of the loop is a decision of its own, so each call is a path",
-    "branch_packed_lstm": "sizes of a packed sequence stay tensors in the trace",
-}
-
 
 def rows(*kinds: str) -> list[Any]:
-    found = []
-    for name, stranger in STRANGERS.items():
-        if stranger.expect in kinds:
-            reason = FAULTS.get(name)
-            marks = [pytest.mark.xfail(strict=False, reason=reason)] if reason else []
-            found.append(pytest.param(stranger, id=name, marks=marks))
-    return found
+    found = [(name, s) for name, s in STRANGERS.items() if s.expect in kinds]
+    return [pytest.param(stranger, id=name) for name, stranger in found]
 
 
 def captured(
@@ -148,7 +136,6 @@ class Aliased(nn.Module):
         return a + 1 if a is b else a * 2
 
 
-@pytest.mark.xfail(strict=False, reason=_SAME_TENSOR)
 def test_one_tensor_given_twice_is_one_tensor() -> None:
     x, y = torch.ones(2, 3), torch.ones(2, 3)
     together = capture(Aliased(), x, x)

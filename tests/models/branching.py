@@ -241,7 +241,14 @@ STRANGERS = [
     _one("tolist", TolistLoop, _vectors_and_lengths),
     _one("in_place", InPlaceThenBranch),
     _one("mask_all", MaskOrNot, _masked),
-    _one("packed_lstm", PackedLSTM, _vectors_and_lengths),
+    Stranger(
+        "branch_packed_lstm",
+        builder(PackedLSTM),
+        _vectors_and_lengths,
+        "refused",
+        refused_by="not allocated yet",
+        note="torch packs sequences in a kernel that no trace can follow, here at the root",
+    ),
     _one("adaptive", Adaptive),
     _one("pruned", PrunedPositions),
 ]

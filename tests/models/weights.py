@@ -223,7 +223,7 @@ STRANGERS = [
     _one("shared_branches", SharedBranches),
     _one("stacked_weights", StackedWeights),
     _one("quantised", Quantised),
-    _one("vmap_ensemble", Ensemble),
+    _one("vmap_ensemble", Ensemble, expect="refused", refused_by="vmap hides an axis"),
     _one("checkpointed", Checkpointed),
     _one("hooked", with_hooks, inputs=ids_only),
     _one("autocast_inside", AutocastInside),

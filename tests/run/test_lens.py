@@ -342,4 +342,4 @@ def test_a_lens_of_a_bare_program_has_native_names_only() -> None:
     assert not any("hook_" in n for n in lens.hook_names)
     with pytest.raises(lensfx.LensError, match="needs a residual stream"):
         lens.run_with_cache(*args, stop_at_layer=1)
-    assert repr(lens) == "Lens(GPT: 0 canonical and 51 native hook points)"
+    assert repr(lens) == "Lens(GPT: 0 canonical and 49 native hook points)"

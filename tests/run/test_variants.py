@@ -383,3 +383,14 @@ def test_a_lens_without_a_model_says_what_it_cannot_do() -> None:
 def test_the_guards_of_a_path_are_where_a_bare_program_refuses() -> None:
     _, lens = wrapped(_by_value, noise(3, 6), passes=None)
     assert len(choices(lens.program.graph)) == 1
+
+
+def test_a_copy_of_a_lens_has_parameters_of_its_own() -> None:
+    _, lens = wrapped(lambda m, x: m.a(m.norm(x)), noise(5, 6))
+    before = lens(noise(5, 6))
+    twin = copy.deepcopy(lens)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    assert torch.equal(lens(noise(5, 6)), before)
+    assert not twin(noise(5, 6)).any()
