@@ -185,7 +185,7 @@ STRANGERS = [
     _opaque("quantile", lambda: Between(NumpyQuantile())),
     _opaque("whitening", lambda: Between(NumpyWhitening())),
     _opaque("function", lambda: Between(Cube())),
-    _opaque("value_loop", lambda: Between(ValueLoop())),
+    Stranger("branch_value_loop", builder(lambda: Between(ValueLoop())), vectors, "branch"),
     _opaque("dict_out", lambda: Between(Ranks())),
     _opaque("deep", Deep),
     _opaque("gpt", lambda: GPT(mlp=NumpyMLP), ids_only),
