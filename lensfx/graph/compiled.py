@@ -9,7 +9,7 @@ from torch import fx
 
 from lensfx.graph.ops import is_impure
 
-__all__ = ["closure", "compiled", "probe"]
+__all__ = ["closure", "compiled", "effects_until", "probe"]
 
 
 def compiled(graph: fx.Graph) -> Callable[..., tuple[Any, ...]]:
@@ -50,8 +50,24 @@ def probe(
     roots = [r for r in results if isinstance(r, fx.Node)] + [wanted[n] for n in names]
     if effects:
         roots += [n for n in nodes if n.op == "call_function" and is_impure(n)]
-    needed = closure(roots)
-    new, env = fx.Graph(), {}
+    return _lifted(graph, closure(roots), (*results, *(wanted[n] for n in names)))
+
+
+def effects_until(
+    graph: fx.Graph, last: fx.Node
+) -> tuple[Callable[..., tuple[Any, ...]], tuple[str, ...]]:
+    """As `probe`, a function of all that the graph writes, draws and checks up to `last`."""
+    nodes = list(graph.nodes)
+    before = nodes[: nodes.index(last) + 1]
+    return _lifted(graph, closure([n for n in before if n.op != "output" and is_impure(n)]), ())
+
+
+def _lifted(
+    graph: fx.Graph, needed: set[fx.Node], results: Sequence[Any]
+) -> tuple[Callable[..., tuple[Any, ...]], tuple[str, ...]]:
+    """The needed nodes as a function of the inputs and of the weights they read."""
+    nodes, env = list(graph.nodes), {}
+    new = fx.Graph()
     for node in nodes:
         if node.op == "placeholder":
             env[node] = new.placeholder(node.name)
@@ -61,6 +77,5 @@ def probe(
     for node in nodes:
         if node.op == "call_function" and node in needed:
             env[node] = new.node_copy(node, lambda n: env[n])
-    out = [env[r] if isinstance(r, fx.Node) else r for r in results]
-    new.output((*out, *(env[wanted[n]] for n in names)))
+    new.output(tuple(env[r] if isinstance(r, fx.Node) else r for r in results))
     return compiled(new), tuple(str(n.target) for n in weights)

@@ -13,17 +13,16 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import fx
 
 from lensfx.capture import recapture
 from lensfx.capture.untouched import untouched
 from lensfx.errors import CaptureError, GuardError, LensError, UnknownNameError
 from lensfx.graph.choice import OtherPathError, choices
-from lensfx.graph.compiled import closure, compiled
+from lensfx.graph.compiled import effects_until
 from lensfx.graph.guards import LimitError, SharedMemoryError
 from lensfx.graph.mode import Mode, plain
 from lensfx.graph.node import module_path, source_line
-from lensfx.graph.ops import is_hook, is_impure, written_tensors
+from lensfx.graph.ops import is_hook, written_tensors
 from lensfx.graph.program import Program
 from lensfx.report.report import Report
 from lensfx.rewrite.pipeline import Pipeline
@@ -87,25 +86,8 @@ class Variant:
     @cached_property
     def _path(self) -> Any:
         """The part of the graph that decides the path, with all it draws and writes on the way."""
-        graph = self.program.graph
-        found = choices(graph)
-        if not found:
-            return None
-        nodes = list(graph.nodes)
-        before = nodes[: nodes.index(found[-1]) + 1]
-        needed = closure([n for n in before if n.op == "call_function" and is_impure(n)])
-        new, env = fx.Graph(), {}
-        for node in nodes:
-            if node.op == "placeholder":
-                env[node] = new.placeholder(node.name)
-        reads = [n for n in nodes if n.op == "get_attr" and n in needed]
-        for node in reads:
-            env[node] = new.placeholder(node.name)
-        for node in before:
-            if node.op == "call_function" and node in needed:
-                env[node] = new.node_copy(node, lambda n: env[n])
-        new.output(())
-        return compiled(new), [str(n.target) for n in reads]
+        found = choices(self.program.graph)
+        return effects_until(self.program.graph, found[-1]) if found else None
 
     @contextlib.contextmanager
     def _unchanged(self) -> Iterator[None]:
