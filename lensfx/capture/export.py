@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -47,14 +46,13 @@ from lensfx.graph.node import argument
 from lensfx.graph.ops import writes
 from lensfx.graph.program import Program, Source
 from lensfx.graph.signature import Signature
+from lensfx.graph.threads import one_at_a_time
 
 __all__ = ["capture", "recapture"]
 
 # How often a wrong guess of a branch is put right before the model is called untraceable.
 _CORRECTIONS = 64
 _HUGE = 2**40
-# A trace replaces methods of torch for its time.
-_ONE_AT_A_TIME = threading.RLock()
 # Seconds that a trace may take besides what its calls take, by far.
 _PATIENCE = 20.0
 _UNBACKED = re.compile(r"\bu\d+\b")
@@ -106,6 +104,7 @@ def recapture(
     return _capture(program.origin, args, kwargs, mode, ())
 
 
+@one_at_a_time
 def _capture(
     origin: Origin,
     args: tuple[Any, ...],
@@ -117,7 +116,7 @@ def _capture(
     if not mode.training and any(m.training for m in model.modules()):
         notes += ("the model is in training mode; the program is what it computes in eval mode",)
     register_outputs(model)
-    with _ONE_AT_A_TIME, quiet(), untouched(model, (args, kwargs), mode.training) as restore:
+    with quiet(), untouched(model, (args, kwargs), mode.training) as restore:
         call = replace(taken_apart(model, args, kwargs, mode), notes=notes)
         call = first_run(model, call, restore)
         return _Capture(origin, call, restore).program()

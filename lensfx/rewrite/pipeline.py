@@ -11,6 +11,7 @@ from torch import fx
 from lensfx.errors import LensError, PipelineError, RewriteError
 from lensfx.graph.node import module_path, where
 from lensfx.graph.program import Program, Rewrite, Stage, copy_graph, remove_dead
+from lensfx.graph.threads import one_at_a_time
 from lensfx.rewrite.edit import Edit
 from lensfx.rewrite.fold import fold
 from lensfx.rewrite.match import Match, Miss, match, root_targets
@@ -37,6 +38,7 @@ class Pipeline:
                 )
         _check_order(self.passes, ())
 
+    @one_at_a_time
     def run(self, program: Program) -> Program:
         """The rewritten program, its weights folded; `program` itself is unchanged.
 
@@ -45,6 +47,7 @@ class Pipeline:
         """
         return fold(self.rewrite(program))
 
+    @one_at_a_time
     def rewrite(self, program: Program, *, limit: int | None = None) -> Program:
         """The rewritten program with weights still written as expressions over the old ones.
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -24,6 +22,7 @@ from lensfx.graph.mode import Mode, plain
 from lensfx.graph.node import module_path, source_line
 from lensfx.graph.ops import is_hook, written_tensors
 from lensfx.graph.program import Program
+from lensfx.graph.threads import one_at_a_time
 from lensfx.report.report import Report
 from lensfx.rewrite.pipeline import Pipeline
 from lensfx.run.axes import Axes
@@ -36,17 +35,6 @@ __all__ = ["Variant", "Variants", "proved"]
 
 KEPT = 16
 PATHS = 8
-
-
-def locked(method: Callable[..., Any]) -> Callable[..., Any]:
-    """One thread at a time, since a pick may capture and reorders what is kept."""
-
-    @functools.wraps(method)
-    def inside(self: Variants, *args: Any, **kwargs: Any) -> Any:
-        with self.lock:
-            return method(self, *args, **kwargs)
-
-    return inside
 
 
 def proved(program: Program) -> Equivalence:
@@ -115,14 +103,13 @@ class Variants:
         self._all = [self.main]
         self._origin = program.origin
         self._warned = False
-        self.lock = threading.RLock()
 
     @property
     def all(self) -> tuple[Variant, ...]:
         """Every variant, the first one first."""
         return tuple(self._all)
 
-    @locked
+    @one_at_a_time
     def pick(self, args: tuple[Any, ...], kwargs: Any, mode: Mode) -> tuple[Variant, Any]:
         """The variant that is the model on this call, and the call's tensors.
 

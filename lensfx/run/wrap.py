@@ -9,6 +9,7 @@ from torch import nn
 
 from lensfx.capture import capture
 from lensfx.errors import PipelineError
+from lensfx.graph.threads import one_at_a_time
 from lensfx.report.report import Report
 from lensfx.rewrite.pipeline import Pipeline
 from lensfx.rewrite.rule import Pass
@@ -31,6 +32,7 @@ def default_passes() -> tuple[Pass, ...]:
     )
 
 
+@one_at_a_time
 def wrap(
     model: nn.Module,
     *args: Any,

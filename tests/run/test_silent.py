@@ -347,22 +347,24 @@ def test_a_table_that_not_every_path_indexes_limits_only_its_path() -> None:
 
 
 def test_threads_capture_one_after_the_other() -> None:
-    found: list[Any] = []
+    models = [Net(lambda m, x: m.l(x) if x.sum() > 0 else m.k(x)).eval() for _ in range(4)]
+    calls = [noise(2, 4, seed=seed) for seed in range(4)]
+    # Before: while one thread traces, torch has every module of the process call the tracer.
+    wanted = [model(-x) for model, x in zip(models, calls, strict=True)]
+    found: list[Any] = [None] * 4
 
-    def run(seed: int) -> None:
+    def run(k: int) -> None:
         try:
-            model = Net(lambda m, x: m.l(x) if x.sum() > 0 else m.k(x)).eval()
-            x = noise(2, 4, seed=seed)
-            found.append(torch.equal(wrapped(model, x, verify=False)(-x), model(-x)))
+            found[k] = wrapped(models[k], calls[k], verify=False)(-calls[k])
         except Exception as error:
-            found.append(error)
+            found[k] = error
 
     threads = [threading.Thread(target=run, args=(k,)) for k in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [True] * 4
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 class Routed(nn.Module):
