@@ -283,11 +283,20 @@ class _Capture:
         decisions: Decisions | None,
     ) -> Program:
         call, seen = self.call, Seen()
+        if not call.contiguous:
+            # How whole numbers lie in memory matters to code that asks, and to no kernel.
+            widened = tuple(t if t.is_floating_point() else t.contiguous() for t in widened)
         exported, branches = self._exported(widened, way, modules, decisions, seen)
         if call.out_spec is None:
             call = replace(call, out_spec=seen.out_spec)
         if seen.out_spec != call.out_spec:
             kinds = kind_of(seen.out_spec), kind_of(call.out_spec)
+            if kinds[0] == kinds[1]:
+                raise CaptureError(
+                    "the model returns an object that counts in Python what it has seen, such as "
+                    "a cache with a window",
+                    hint="leave it out (transformers: use_cache=False)",
+                )
             raise CaptureError(
                 f"the model returns {kinds[0]} when traced and {kinds[1]} when run",
                 hint="let the kind of result not depend on torch.compiler.is_exporting()",
@@ -300,7 +309,10 @@ class _Capture:
         # A condition on one size is the same wherever that size is 1, so a run there tells.
         guards = _guards(exported, graph, full, branches.conditions(sizes=2))
         written = any(_writes_input(n) for n in graph.nodes)
-        guards = replace(guards, contiguous=call.contiguous, writes_inputs=written)
+        layouts = call.contiguous
+        if any("stride()" in code for code in exported._guards_code):  # type: ignore[attr-defined]
+            layouts = tuple(t.is_contiguous() for t in call.example)
+        guards = replace(guards, contiguous=layouts, writes_inputs=written)
         guards = guards.with_limits(index_limits(graph, guards))
         path = _guards(exported, graph, full, branches.conditions())
         kept = {o.path: o.why for o in modules.calls}
@@ -376,7 +388,8 @@ def _guards(exported: Any, graph: Any, signature: Signature, branches: Sequence[
     # What is one object with another input has no reader of its own, but the other's sizes.
     placeholders = [inputs[k] for k in signature.same]
     # Sizes that values decide are results of the graph, and guarded as such.
-    conditions = [c for c in (*exported._guards_code, *branches) if not _UNBACKED.search(c)]
+    known = (c for c in (*exported._guards_code, *branches) if "stride()" not in c)
+    conditions = [c for c in known if not _UNBACKED.search(c)]
     return Guards.build(placeholders, signature.tensor_names, ranges, conditions)
 
 

@@ -108,16 +108,20 @@ def _drawing(model: nn.Module, call: Call, restore: Callable[[], Any]) -> dict[s
 def _refuse_state(
     model: nn.Module, call: Call, kept: Sequence[str], restore: Callable[[], Any]
 ) -> None:
-    """A second call on what the first one left behind shows whether it matters."""
+    """Whether what a call leaves behind in Python matters to the next one, on other values."""
+    others = tuple(
+        t * 2 if t.is_floating_point() else (t.flip(-1) if t.ndim else t) for t in call.example
+    )
     results = []
-    for _ in range(2):
-        with seeded(model):
-            try:
-                flat = Flat(model, call, Seen())([t.clone() for t in call.example])
-            except Exception:
-                flat = []
-        results.append([v.clone() if isinstance(v, torch.Tensor) else v for v in flat])
-    restore()
+    for before in ((), (call.example,)):
+        buffers = [b.detach().clone() for b in model.buffers()]
+        for tensors in before:
+            _results(model, call, tensors)
+        with torch.no_grad():
+            for buffer, value in zip(model.buffers(), buffers, strict=True):
+                buffer.copy_(value)
+        results.append(_results(model, call, others))
+        restore()
     buffers = {name.rpartition(".")[2] for name, _ in model.named_buffers()}
     if not _alike(*results) and set(kept) - buffers:
         raise CaptureError(
@@ -140,6 +144,16 @@ def _differs_without_gradients(model: nn.Module, call: Call, restore: Callable[[
                 restore()
         results.append([v.detach() for v in flat if isinstance(v, torch.Tensor)])
     return not _alike(*results)
+
+
+def _results(model: nn.Module, call: Call, tensors: Sequence[torch.Tensor]) -> list[Any]:
+    """Copies of what the model returns on these tensors; nothing if it fails."""
+    try:
+        with seeded(model):
+            flat = Flat(model, call, Seen())([t.clone() for t in tensors])
+    except Exception:
+        return []
+    return [v.detach().clone() if isinstance(v, torch.Tensor) else v for v in flat]
 
 
 def _alike(a: Sequence[Any], b: Sequence[Any]) -> bool:

@@ -246,18 +246,20 @@ def _refill(container: Any, kept: Any) -> list[str]:
         container.cell_contents = kept
         return []
     if isinstance(container, _Globals):
+        changed = [n for n in container.stored if container.names.get(n) is not kept.get(n)]
         for name in container.stored:
             if name in kept:
                 container.names[name] = kept[name]
             else:
                 container.names.pop(name, None)
-        return []
+        return changed
     if isinstance(container, dict):
         return _refill_dict(container, *kept)
     now = _copied(container)
     if len(now) != len(kept) or not all(map(is_, now, kept)):
         container.clear()
         (container.update if isinstance(container, set) else container.extend)(kept)
+        return [f"a {type(container).__name__}"]
     return []
 
 

@@ -151,9 +151,10 @@ class Program:
             )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Program:
-        """The same graph over tensors of its own; the model it came from stays the same."""
-        tensors = copy.deepcopy(dict(self.tensors), memo)
-        return replace(self, tensors=MappingProxyType(tensors))
+        """The same graph over tensors of its own, which knows no model any more."""
+        tensors = MappingProxyType(copy.deepcopy(dict(self.tensors), memo))
+        none: Any = {"stages": (), "unfolded": None, "origin": None}
+        return replace(self, tensors=tensors, formulas=MappingProxyType({}), **none)
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """Each trainable tensor of the program once, in the order of first use."""

@@ -47,8 +47,11 @@ class Lens:
         self._names = self._variants.main.names
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Lens:
-        """A lens with parameters of its own and no hooks; calls off its path are captured anew."""
-        return Lens(copy.deepcopy(self.program, memo), self.report)
+        """A lens of a copy of the model, with parameters of its own and no hooks."""
+        if self.program.origin is None:
+            return Lens(copy.deepcopy(self.program, memo), self.report)
+        copied = self._variants.copied()
+        return Lens(copied.program, copied.report)
 
     @property
     def program(self) -> Program:

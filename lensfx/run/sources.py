@@ -13,9 +13,12 @@ __all__ = ["FoldedSources"]
 
 
 class FoldedSources:
-    """The parameters that folded weights were computed from, as they were then."""
+    """The parameters that folded weights were computed from, as they were then.
 
-    def __init__(self, program: Program) -> None:
+    `own` are the versions of folded tensors as lensfx left them, by their ids: programs share them.
+    """
+
+    def __init__(self, program: Program, own: dict[int, int] | None = None) -> None:
         self._program = program
         self._base = program.unfolded or program
         known = self._base.tensors
@@ -24,15 +27,18 @@ class FoldedSources:
             for name, formula in program.formulas.items()
         }
         self._seen = {name: self._versions(name) for name in self._sources}
-        self._own = {name: program.tensors[name]._version for name in self._sources}
+        self._own = {} if own is None else own
+        for name in self._sources:
+            tensor = program.tensors[name]
+            self._own.setdefault(id(tensor), tensor._version)
 
     def _versions(self, name: str) -> list[int]:
         return [self._base.tensors[s]._version for s in self._sources[name]]
 
     def written(self) -> dict[str, torch.Tensor]:
         """The folded parameters that somebody has written to since they were computed."""
-        tensors = self._program.tensors
-        return {n: tensors[n] for n, v in self._own.items() if tensors[n]._version != v}
+        folded = {name: self._program.tensors[name] for name in self._sources}
+        return {n: t for n, t in folded.items() if t._version != self._own[id(t)]}
 
     def follow(self) -> None:
         """Compute again what was folded from a parameter that has been written to since.
@@ -57,4 +63,4 @@ class FoldedSources:
             value = evaluate(root, lambda n: self._base.tensors[str(n.target)], tensor.dtype)  # type: ignore[arg-type]
             with torch.no_grad():
                 tensor.copy_(value)
-            self._own[name] = tensor._version
+            self._own[id(tensor)] = tensor._version

@@ -48,12 +48,17 @@ def proved(program: Program) -> Equivalence:
 class Variant:
     """One program of a lens, and what is derived from it."""
 
-    def __init__(self, program: Program, report: Report | None = None) -> None:
+    def __init__(
+        self,
+        program: Program,
+        report: Report | None = None,
+        own: dict[int, int] | None = None,
+    ) -> None:
         self.program = program
         self.report = report if report is not None else Report.of(program)
         self.names = Names(program)
         self.runs = Specialiser(program, self.names)
-        self.sources = FoldedSources(program)
+        self.sources = FoldedSources(program, own)
 
     @cached_property
     def axes(self) -> Axes:
@@ -99,7 +104,8 @@ class Variants:
     """The programs captured so far, the latest `KEPT` of them; the first one is never dropped."""
 
     def __init__(self, program: Program, report: Report | None) -> None:
-        self.main = Variant(program, report)
+        self._own: dict[int, int] = {}
+        self.main = Variant(program, report, self._own)
         self._all = [self.main]
         self._origin = program.origin
         self._warned = False
@@ -143,7 +149,19 @@ class Variants:
         main = self.main.program
         if main.origin is None:
             raise CaptureError("this program does not know the model it came from")
-        move = _move(*args, **kwargs)
+        return self._of(_move(*args, **kwargs), *args, **kwargs)
+
+    def copied(self) -> Variant:
+        """The first program, of a copy of the model."""
+        return self._of(torch.clone, *self._devices())
+
+    def _devices(self) -> list[torch.device]:
+        return [t.device for t in self.main.program.tensors.values()][:1]
+
+    def _of(
+        self, move: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any
+    ) -> Variant:
+        main = self.main.program
         origin = main.origin.moved(move, *args, **kwargs)
         example = [move(t) for t in main.example]
         given, named = main.signature.arguments(example)
@@ -224,8 +242,9 @@ class Variants:
         program = Pipeline(entries).run(program)
         report = self._proved(program)
         for variant in self._all:
+            variant.sources.follow()
             program = adopted(program, variant.program)
-        variant = Variant(program, report)
+        variant = Variant(program, report, self._own)
         self._all.append(variant)
         self._bound(misses)
         return variant
