@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from graphs import Sketch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from lensfx.passes import InsertHooks
 from models import CASES
@@ -205,6 +206,8 @@ def test_looking_changes_no_bit(data: list[int]) -> None:
     w = Writer(of(*DTYPES), of("B", 1, 2), 5)
     w.affine = of(True, False)
     kinds = [of("a", "m", "am", "|") for _ in range(of(1, 2, 3))]
+    # Attention alone and an MLP alone behind it are one block to anybody who reads the graph.
+    assume(("a", "m") not in pairwise(kinds))
     before = w.decoder(kinds, of("slice", "table", ""))
     after = hooked(before)
     assert prove(after).worst == 0.0
