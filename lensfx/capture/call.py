@@ -21,7 +21,7 @@ from lensfx.errors import CaptureError
 from lensfx.graph.mode import EVAL, Mode
 from lensfx.graph.signature import Leaf, Signature, filled, outline
 
-__all__ = ["Call", "Flat", "Seen", "kind_of", "output_names", "taken_apart", "widenings"]
+__all__ = ["Call", "Flat", "Seen", "kind_of", "output_names", "resized", "taken_apart", "widenings"]
 
 _SYMBOLS = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
 
@@ -235,4 +235,21 @@ def _widen(tensor: torch.Tensor, sizes: dict[int, int]) -> torch.Tensor:
     for axis, size in sizes.items():
         if axis < tensor.ndim and tensor.shape[axis] == 1:
             tensor = tensor.repeat_interleave(size, axis)
+    return tensor
+
+
+def resized(example: tuple[torch.Tensor, ...]) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The example, then with all axes of one size made larger together, size by size."""
+    yield example
+    sizes = sorted({s for t in example for s in t.shape})
+    for step in (1, 4):
+        for size in sizes:
+            yield tuple(_stretched(t, size, size + step) for t in example)
+
+
+def _stretched(tensor: torch.Tensor, old: int, new: int) -> torch.Tensor:
+    for axis, size in enumerate(tensor.shape):
+        if size == old and old:
+            picked = torch.arange(new, device=tensor.device) % old
+            tensor = tensor.index_select(axis, picked)
     return tensor

@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch.export import Dim
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from lensfx.capture.call import Call, Flat, Seen, kind_of, taken_apart, widenings
+from lensfx.capture.call import Call, Flat, Seen, kind_of, resized, taken_apart, widenings
 from lensfx.capture.check import DisagreementError, Traced, settle_guards
 from lensfx.capture.decide import Decision, Decisions, as_if_traced
 from lensfx.capture.empty import has_no_weights, materialless
@@ -185,7 +185,7 @@ class _Capture:
 
     def _observe(self, modules: OpaqueModules) -> None:
         """Real runs at several sizes show how the results of opaque modules follow their inputs."""
-        for tensors in _resized(self.call.example):
+        for tensors in resized(self.call.example):
             try:
                 # Anew for each run: going back to the state before takes out what observes.
                 with modules.observing():
@@ -361,23 +361,6 @@ class _Capture:
             raise UntraceableError from error
         self.restore()
         return exported, branches
-
-
-def _resized(example: tuple[torch.Tensor, ...]) -> Iterator[tuple[torch.Tensor, ...]]:
-    """The example, then with all axes of one size made larger together, size by size."""
-    yield example
-    sizes = sorted({s for t in example for s in t.shape})
-    for step in (1, 4):
-        for size in sizes:
-            yield tuple(_stretched(t, size, size + step) for t in example)
-
-
-def _stretched(tensor: torch.Tensor, old: int, new: int) -> torch.Tensor:
-    for axis, size in enumerate(tensor.shape):
-        if size == old and old:
-            picked = torch.arange(new, device=tensor.device) % old
-            tensor = tensor.index_select(axis, picked)
-    return tensor
 
 
 def _guards(exported: Any, graph: Any, signature: Signature, branches: Sequence[str]) -> Guards:

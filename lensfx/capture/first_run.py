@@ -122,8 +122,8 @@ def _refuse_state(
                 buffer.copy_(value)
         results.append(_results(model, call, others))
         restore()
-    buffers = {name.rpartition(".")[2] for name, _ in model.named_buffers()}
-    if not _alike(*results) and set(kept) - buffers:
+    registered = {name.rpartition(".")[2] for name, _ in model.named_buffers()}
+    if not _alike(*results) and set(kept) - registered:
         raise CaptureError(
             f"{type(model).__name__} keeps {', '.join(kept[:5])} from one call for the next, which "
             "a graph cannot",

@@ -22,10 +22,19 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from lensfx.errors import LensError
+from lensfx.errors import GuardError, LensError
 from lensfx.graph.opaque_call import Call, leaf, random_state
 
-__all__ = ["Opaque", "Output", "Size", "is_opaque", "known_sizes", "lead_dtype", "opaque_of"]
+__all__ = [
+    "Opaque",
+    "OpaqueError",
+    "Output",
+    "Size",
+    "is_opaque",
+    "known_sizes",
+    "lead_dtype",
+    "opaque_of",
+]
 
 _Key = torch._C.DispatchKey
 
@@ -180,7 +189,7 @@ class Opaque:
             self._refuse(f"returned {value.dtype} for output {k}, which was {dtype}")
 
     def _refuse(self, what: str) -> NoReturn:
-        raise LensError(f"the opaque module {self.path} {what}", hint=_RETRY)
+        raise OpaqueError(f"the opaque module {self.path} {what}", hint=_RETRY)
 
     def backward(
         self,
@@ -208,6 +217,10 @@ class Opaque:
             ends, starts = zip(*pairs, strict=True)
             found = torch.autograd.grad(ends, asked, starts, allow_unused=True)
         return [_like(g, t) for g, t in zip(found, asked, strict=True)]
+
+
+class OpaqueError(GuardError):
+    """An opaque module does on this call what it did not do on any that was observed."""
 
 
 def is_opaque(node: Any) -> bool:

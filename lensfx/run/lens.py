@@ -16,6 +16,7 @@ from lensfx.errors import GuardError, HookError, LensError
 from lensfx.graph.choice import OtherPathError
 from lensfx.graph.mode import Mode, plain
 from lensfx.graph.network import to_networkx
+from lensfx.graph.opaque import OpaqueError
 from lensfx.graph.program import Program
 from lensfx.report.report import Report
 from lensfx.run.cache import ActivationCache
@@ -76,7 +77,12 @@ class Lens:
         changes a value that decides the path.
         """
         variant, tensors = self._chosen(args, kwargs)
-        return self._run(variant, tensors, (), None)[0]
+        try:
+            return self._run(variant, tensors, (), None)[0]
+        except OpaqueError:
+            mode = Mode.ambient(self.training)
+            variant, tensors = self._variants.anew(args, kwargs, mode)
+            return self._run(variant, tensors, (), None)[0]
 
     @property
     def hook_names(self) -> list[str]:

@@ -141,6 +141,15 @@ class Variants:
         variant = self._captured(args, kwargs, mode, misses)
         return variant, variant.program.signature.bind(args, kwargs)
 
+    @one_at_a_time
+    def anew(self, args: tuple[Any, ...], kwargs: Any, mode: Mode) -> tuple[Variant, Any]:
+        """A variant captured on this very call, whatever is known already.
+
+        Raises: GuardError as `pick` does.
+        """
+        variant = self._captured(args, kwargs, mode, ())
+        return variant, variant.program.signature.bind(args, kwargs)
+
     def moved(self, *args: Any, **kwargs: Any) -> Variant:
         """What the first program becomes for a model moved as `torch.nn.Module.to` would move it.
 

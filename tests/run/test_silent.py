@@ -412,3 +412,15 @@ def test_sizes_of_an_opaque_result_follow_what_several_runs_show() -> None:
     for batch, length in ((2, 5), (1, 3), (3, 9)):
         x = noise(batch, length, 8)
         assert torch.equal(lens(x), model(x))
+
+
+def test_a_size_rule_that_changes_further_on_is_captured_again() -> None:
+    class Sorted(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            rows = np.sort(x.detach().numpy(), axis=1)
+            return torch.from_numpy(rows[:, : min(16, x.shape[1])].copy())
+
+    model = nn.Sequential(nn.Linear(8, 8), Sorted(), nn.Linear(8, 8)).eval()
+    lens = wrapped(model, noise(2, 5, 8), verify=False)
+    for length in (5, 7, 40, 64):
+        assert torch.equal(lens(noise(2, length, 8)), model(noise(2, length, 8)))
