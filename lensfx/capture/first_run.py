@@ -114,11 +114,12 @@ def _refuse_state(
     )
     results = []
     for before in ((), (call.example,)):
-        buffers = [b.detach().clone() for b in model.buffers()]
+        # Pairs, since a forward may also register buffers.
+        buffers = [(b, b.detach().clone()) for b in model.buffers()]
         for tensors in before:
             _results(model, call, tensors)
         with torch.no_grad():
-            for buffer, value in zip(model.buffers(), buffers, strict=True):
+            for buffer, value in buffers:
                 buffer.copy_(value)
         results.append(_results(model, call, others))
         restore()
