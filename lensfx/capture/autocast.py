@@ -18,6 +18,7 @@ from torch._export.passes import replace_autocast_with_hop_pass, replace_set_gra
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lensfx.capture.patching import patched
 from lensfx.errors import CaptureError
 from lensfx.graph.node import module_path, op_name, where
 
@@ -41,14 +42,11 @@ def flat_regions() -> Iterator[None]:
     Made into operators, regions lose a no_grad that is inside an autocast, and with it the
     gradients; and an autocast falls into parts, each with casts of its own.
     """
-    kept = [(module, module.__dict__[name], name) for module, name in _REGION_PASSES]
-    try:
-        for module, _, name in kept:
-            setattr(module, name, lambda graph, signature: (graph, signature))
+    with contextlib.ExitStack() as stack:
+        for module, name in _REGION_PASSES:
+            kept = {name: lambda graph, signature: (graph, signature)}
+            stack.enter_context(patched(module, **kept))
         yield
-    finally:
-        for module, function, name in kept:
-            setattr(module, name, function)
 
 
 _REGION_PASSES = (
@@ -89,10 +87,11 @@ class Autocast:
             return
         flat, spec = pytree.tree_flatten((node.args, dict(node.kwargs)))
         values = [a.meta["val"] if isinstance(a, fx.Node) else a for a in flat]
-        wanted = _Run(node.target, values, spec, regions=self._open)
-        if wanted.error is None and _Run(node.target, values, spec).does(wanted):
+        operator: Any = node.target
+        wanted = _Run(operator, values, spec, regions=self._open)
+        if wanted.error is None and _Run(operator, values, spec).does(wanted):
             return
-        if wanted.error is None and not node.target._schema.is_mutable:  # type: ignore[union-attr]
+        if wanted.error is None and not operator._schema.is_mutable:
             for target, extra, casts in _candidates(node, wanted.casts):
                 tried = _Run(target, values, spec, casts=casts, extra=extra)
                 if tried.does(wanted) and _fits(tried.result, node.meta["val"]):

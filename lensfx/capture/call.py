@@ -21,7 +21,7 @@ from lensfx.errors import CaptureError
 from lensfx.graph.mode import EVAL, Mode
 from lensfx.graph.signature import Leaf, Signature, filled, outline
 
-__all__ = ["Call", "Flat", "Seen", "kind_of", "output_names", "resized", "taken_apart", "widenings"]
+__all__ = ["Call", "Flat", "Seen", "kind_of", "resized", "taken_apart", "widenings"]
 
 _SYMBOLS = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
 
@@ -31,6 +31,7 @@ class Seen:
     """What a call of the flat model showed besides tensors; kept outside the module tree."""
 
     out_spec: Any = None
+    outputs: tuple[str, ...] = ()
     constants: tuple[Any, ...] = ()
     rewrote_arguments: bool = False
 
@@ -53,6 +54,7 @@ class Call:
     leaves: tuple[Leaf, ...]
     example: tuple[torch.Tensor, ...]
     out_spec: Any = None
+    outputs: tuple[str, ...] = ()
     contiguous: tuple[bool, ...] = ()
     notes: tuple[str, ...] = ()
     mode: Mode = EVAL
@@ -64,8 +66,11 @@ class Call:
     def signature(self) -> Signature:
         """How calls bind to a program."""
         inputs = (self.forward, self.positional, self.keywords, self.in_spec, self.leaves)
-        outputs = output_names(self.out_spec)
-        return Signature(*inputs, self.out_spec, outputs, self.watches_identity)
+        return Signature(*inputs, self.out_spec, self.outputs, self.watches_identity)
+
+    def showing(self, seen: Seen) -> Call:
+        """The call with the kind of result that was seen."""
+        return dataclasses.replace(self, out_spec=seen.out_spec, outputs=seen.outputs)
 
 
 class Flat(nn.Module):
@@ -101,6 +106,8 @@ class Flat(nn.Module):
         # A torch.Size holds no symbols, so tracing returns a tuple in its place.
         result = pytree.tree_map_only(torch.Size, tuple, result)
         out, seen.out_spec = pytree.tree_flatten(result)
+        # By the result itself: an object made anew from its tree need not have the same leaves.
+        seen.outputs = output_names(result)
         for buffers, name, old in held:
             _write_back(buffers, name, old)
         seen.constants = tuple(None if isinstance(v, _SYMBOLS) else Constant(v) for v in out)
@@ -211,10 +218,9 @@ def _path_name(path: Sequence[Any]) -> str:
     return first + pytree.keystr(tuple(rest))
 
 
-def output_names(spec: Any) -> tuple[str, ...]:
+def output_names(result: Any) -> tuple[str, ...]:
     """A name for each leaf of the model's result: `logits`, `0`, `hidden[2]`."""
-    tree = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
-    paths = [p for p, _ in pytree.tree_flatten_with_path(tree)[0]]
+    paths = [p for p, _ in pytree.tree_flatten_with_path(result)[0]]
     return tuple(_path_name(p) if p else "output" for p in paths)
 
 

@@ -89,13 +89,27 @@ def settle_guards(program: Program, model: nn.Module, traced: Traced) -> Program
     difference = trials.disagreement(program.example, effects=True)
     where = "on its own example"
     if difference is None:
-        difference, where = trials.disagreement_elsewhere(settled.guards), "at other sizes"
+        larger = trials.larger(settled.guards)
+        if larger is None:
+            return _noting(settled, trials.disagreement_on_values(settled.guards, traced.inputs))
+        difference = trials.disagreement_on_values(settled.guards, larger)
+        where = "at other sizes"
     if difference is not None:
         raise DisagreementError(
             f"the captured graph is not the model {where}: {difference}",
             hint="a forward that keeps state between calls, or draws random numbers, does this",
         )
     return settled
+
+
+def _noting(program: Program, difference: str | None) -> Program:
+    """The program with a note, if on other values than the example's it is not quite the model."""
+    if difference is None:
+        return program
+    # A kernel that the values chose: it is no branch of the graph, which is right on the example.
+    note = f"for other values of its inputs the model does other arithmetic: {difference}"
+    source = replace(program.source, notes=(*program.source.notes, note))
+    return replace(program, source=source)
 
 
 def _groups(program: Program, traced: Tensors) -> list[list[Axis]]:
@@ -192,6 +206,7 @@ class _Trials:
                 with CallLog() as log:
                     self.model(*args, **kwargs)
         except Exception:
+            # The user's code, which may ask a fake for its value.
             return None
         finally:
             self.traced.restore()
@@ -212,21 +227,26 @@ class _Trials:
                 tensors[axis.leaf] = tensor.index_select(axis.axis, picked)
         return tensors
 
-    def disagreement_elsewhere(self, guards: Guards) -> str | None:
-        """How the graph differs from the model at sizes and values that were not traced.
-
-        Code that knows it is traced may do other arithmetic there, which happens to give the same
-        bits at one size.
-        """
+    def larger(self, guards: Guards) -> list[torch.Tensor] | None:
+        """The traced inputs at sizes that were not traced; None if the guards do not take them."""
         sizes = {
             str(a.symbol): min(self.traced.inputs[a.leaf].shape[a.axis] + 2 + a.axis, a.high)
             for a in guards.dynamic
             if str(a.symbol).isidentifier()
         }
+        tensors = self._sized(sizes)
+        return tensors if sizes and _passes(guards, tensors) else None
+
+    def disagreement_on_values(self, guards: Guards, tensors: Tensors) -> str | None:
+        """How the graph differs from the model at these sizes, on values that were not traced.
+
+        Code that knows it is traced may do other arithmetic there, which happens to give the same
+        bits at one size.
+        """
         generator = torch.Generator().manual_seed(7)
-        tensors = [_redrawn(t, generator) for t in self._sized(sizes)]
-        if not sizes or any(t.is_meta for t in tensors) or not _passes(guards, tensors):
+        if any(t.is_meta for t in tensors) or not _passes(guards, tensors):
             return None
+        tensors = [_redrawn(t, generator) for t in tensors]
         found = self.disagreement(tensors)
         return None if found is None or found.startswith((_MODEL_FAILS, _OTHER_PATH)) else found
 

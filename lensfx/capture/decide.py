@@ -19,6 +19,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from lensfx.capture.failures import is_users
+from lensfx.capture.patching import patched
 
 __all__ = ["Decision", "Decisions", "as_if_traced"]
 
@@ -206,10 +207,5 @@ def _asking_line() -> str:
 @contextmanager
 def as_if_traced() -> Iterator[None]:
     """Model code that asks whether it is being compiled is told so, as it is while it is traced."""
-    compiler: Any = torch.compiler
-    before = compiler.is_compiling
-    compiler.is_compiling = lambda: True
-    try:
+    with patched(torch.compiler, is_compiling=lambda: True):
         yield
-    finally:
-        compiler.is_compiling = before

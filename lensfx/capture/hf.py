@@ -10,7 +10,7 @@ import contextlib
 import copy
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,15 +18,17 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from lensfx.capture.failures import quiet
+from lensfx.capture.untouched import untouched
 from lensfx.errors import CaptureError, GuardError
 from lensfx.graph.guards import Guards
 from lensfx.graph.program import Program
+from lensfx.graph.threads import one_at_a_time
 
 __all__ = [
     "CachedCalls",
     "admit",
     "cached_calls",
-    "cached_programs",
     "empty_cache",
     "exporter_patches",
     "register_outputs",
@@ -39,16 +41,11 @@ CACHE = "past_key_values"
 class CachedCalls:
     """The calls that generation with a cache consists of, as a user makes them.
 
-    `many` adds several tokens to a filled cache, `one` a single one, `empty` all of them to a
-    cache of the same structure without contents, and `first` to the cache that generation starts
-    with, which has no structure yet. `trials` are further calls like `many` at small sizes, each
-    with a full and with a padded mask.
+    `many` adds several tokens to a filled cache. `trials` are calls like it at small sizes: of one
+    token, one row, an empty cache, each with a full and with a padded mask.
     """
 
     many: dict[str, Any]
-    one: dict[str, Any]
-    empty: dict[str, Any]
-    first: dict[str, Any]
     trials: tuple[dict[str, Any], ...]
 
 
@@ -85,6 +82,7 @@ def exporter_patches(model: nn.Module) -> Iterator[None]:
         yield
 
 
+@one_at_a_time
 def cached_calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CachedCalls:
     """Example calls with a cache, from a call without one, made by the model's own generation.
 
@@ -101,6 +99,11 @@ def cached_calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     register_outputs(model)
     bound = inspect.signature(model.forward).bind(*args, **kwargs)
     given = {k: v for k, v in bound.arguments.items() if isinstance(v, torch.Tensor)}
+    with quiet(), untouched(model, (args, kwargs)):
+        return _calls(library, given)
+
+
+def _calls(library: Any, given: dict[str, Any]) -> CachedCalls:
     single, several = (_generated(library, given, many) for many in (False, True))
     many, one, first = (
         _cleaned(library, call) for call in (several["decode"], single["decode"], single["prefill"])
@@ -113,27 +116,7 @@ def cached_calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     trials = [one, empty, _first_token(empty)]
     trials += [_first_row(call) for call in (many, *trials)]
     trials = [t for t in trials if t.keys() == many.keys()]
-    return CachedCalls(many, one, empty, first, (*trials, *map(_padded, trials)))
-
-
-def cached_programs(
-    capture: Callable[..., Program], model: nn.Module, calls: CachedCalls
-) -> tuple[Program, ...]:
-    """As few programs as serve every kind of call, the most general one first.
-
-    Raises: what `capture` raises.
-    """
-    programs: list[Program] = []
-
-    def served(call: Mapping[str, Any]) -> bool:
-        both = (call, _padded(call))
-        return any(all(_agree(p, model, c) for c in both) for p in programs)
-
-    for call in (calls.many, calls.one, calls.first):
-        if not served(call) and not (call is calls.first and served(calls.empty)):
-            trials = (*calls.trials, *map(_first_row, (call, _padded(call))))
-            programs.append(admit(capture(model, **copy.deepcopy(call)), model, trials))
-    return tuple(programs)
+    return CachedCalls(many, (*trials, *map(_padded, trials)))
 
 
 def _generated(model: Any, given: dict[str, Any], many: bool) -> dict[str, dict[str, Any]]:
@@ -148,6 +131,7 @@ def _generated(model: Any, given: dict[str, Any], many: bool) -> dict[str, dict[
         with torch.no_grad():
             parts = decompose_prefill_decode(model, start, settings, multi_token_decode=many)
     except Exception as error:
+        # The model's code, on what may be no arguments for it.
         cause = error.__cause__ or error
         raise CaptureError(
             f"{type(model).__name__} does not generate from these arguments: {cause}",
@@ -234,6 +218,7 @@ def empty_cache(program: Program, batch: int = 1) -> Any:
     return pytree.tree_map_only(torch.Tensor, emptied, kwargs[CACHE])
 
 
+@one_at_a_time
 def admit(program: Program, model: nn.Module, calls: Sequence[Mapping[str, Any]]) -> Program:
     """The program with its lower bounds on sizes opened where it agrees with the model bitwise.
 
@@ -249,7 +234,8 @@ def admit(program: Program, model: nn.Module, calls: Sequence[Mapping[str, Any]]
             opened.check(tensors)
         except GuardError:
             continue
-        agrees = _agree(replace(program, guards=opened), model, call)
+        with quiet(), untouched(model, call, program.mode.training):
+            agrees = _agree(replace(program, guards=opened), model, call)
         lows = tuple(sorted(_lows(program.guards, tensors).items()))
         bounds[lows] = agrees and bounds.get(lows, True)
         seen.append((tensors, agrees))
@@ -291,6 +277,7 @@ def _agree(program: Program, model: nn.Module, call: Mapping[str, Any]) -> bool:
             got = pytree.tree_leaves(program(**copy.deepcopy(dict(call))))
             want = pytree.tree_leaves(model(**copy.deepcopy(dict(call))))
     except Exception:
+        # The model's code, at sizes that it may reject.
         return False
     pairs = [(a, b) for a, b in zip(want, got, strict=True) if isinstance(a, torch.Tensor)]
     return all(torch.equal(a, b) for a, b in pairs)

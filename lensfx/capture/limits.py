@@ -1,6 +1,8 @@
-"""Limits that a learned table implies: positions counted from a size index a table of so many rows.
+"""Limits on sizes that operators imply and torch finds no guard for.
 
-Torch finds no bound here, and an input that is too long would die of an IndexError inside.
+Positions counted from a size index a learned table of so many rows: an input that is too long would
+die of an IndexError inside. Attention reads as many values as there are keys, whether or not there
+are so many.
 """
 
 from __future__ import annotations
@@ -16,13 +18,14 @@ from lensfx.graph.guards import Guards, Limit
 from lensfx.graph.node import argument, is_op, schema_names, shape_of, source_line
 from lensfx.graph.ops import CASTS, VIEWS
 
-__all__ = ["index_limits"]
+__all__ = ["attention_lengths", "index_limits"]
 
 aten = torch.ops.aten
 # A slice of a count ends earlier than the count does.
 _CUTS = (aten.slice.Tensor, aten.select.int, aten.index.Tensor)
 _VIEWS = tuple(v for v in VIEWS if v not in _CUTS)
 _SAME = (*CASTS, *_VIEWS, aten.clone.default, aten.repeat.default, aten.expand_as.default)
+_ATTENTION = aten.scaled_dot_product_attention.default
 _ARANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step)
 
 
@@ -44,6 +47,23 @@ def index_limits(graph: fx.Graph, guards: Guards) -> list[Limit]:
             name = str(table.target) if table.op == "get_attr" else f"%{table.name}"
             found.setdefault(f"{code} {name}", Limit(code, rows, name, source_line(node)))
     return list(found.values())
+
+
+def attention_lengths(graph: fx.Graph) -> list[str]:
+    """That values are as many as keys, where they were: torch's shape rule never compares them."""
+    found = []
+    for node in graph.find_nodes(op="call_function", target=_ATTENTION):
+        keys, values = (_length(argument(node, name)) for name in ("key", "value"))
+        if keys[0] != values[0] and keys[1] == values[1] is not None:
+            left, right = (PythonPrinter().doprint(n) for n in (keys[0], values[0]))
+            found.append(f"{left} == {right}")
+    return list(dict.fromkeys(found))
+
+
+def _length(node: fx.Node) -> tuple[Any, int | None]:
+    """How many rows the value has, over torch's symbols and in the example that was traced."""
+    size = (shape_of(node) or ())[-2]
+    return (size.node.expr, size.node.hint) if isinstance(size, torch.SymInt) else (size, size)
 
 
 def _lookups(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:

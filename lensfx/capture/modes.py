@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._sympy.printers import PythonPrinter
 
 from lensfx.capture.autocast import flat_regions
+from lensfx.capture.patching import patched
 
 __all__ = [
     "LAYOUT_READS",
@@ -62,21 +63,12 @@ def fresh_casts() -> Iterator[None]:
 
     Torch returns the same object, and the tracer then sends every later reader of the value
     through the cast: in a float32 capture the residual stream would run through a norm's cast.
-    The methods are replaced, since a function mode would cost as much as the tracing itself.
+    The methods are replaced: a function mode, which every torch function would go through, takes
+    a quarter of the time of a bare export.
     """
-    kept = {name: T.__dict__.get(name) for name in (*_SHORT_CASTS, "to", "type_as")}
-    for name, dtype in _SHORT_CASTS.items():
-        setattr(T, name, _short(getattr(T, name), dtype))
-    T.to = _fresh_to  # type: ignore[method-assign, assignment]
-    T.type_as = _fresh_type_as  # type: ignore[method-assign, assignment]
-    try:
+    casts = {name: _short(getattr(T, name), dtype) for name, dtype in _SHORT_CASTS.items()}
+    with patched(T, **casts, to=_fresh_to, type_as=_fresh_type_as):
         yield
-    finally:
-        for name, method in kept.items():
-            if method is None:
-                delattr(T, name)
-            else:
-                setattr(T, name, method)
 
 
 def _short(plain: Any, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
@@ -131,18 +123,17 @@ class SizeBranches:
     def __init__(self, decide: Callable[[torch.SymBool], bool] | None = None) -> None:
         self._decide = decide
         self._taken: list[tuple[torch.SymBool, bool]] = []
-        self._plain = {kind: kind.__bool__ for kind in self._KINDS}
+        self._watching = contextlib.ExitStack()
 
     def __enter__(self) -> SizeBranches:
         """Watch every truth value that is asked of a size or of a comparison of sizes."""
         for kind in self._KINDS:
-            kind.__bool__ = self._watched(self._plain[kind])  # type: ignore[method-assign]
+            self._watching.enter_context(patched(kind, __bool__=self._watched(kind.__bool__)))
         return self
 
     def __exit__(self, *raised: object) -> None:
         """Stop watching."""
-        for kind in self._KINDS:
-            kind.__bool__ = self._plain[kind]  # type: ignore[method-assign]
+        self._watching.close()
 
     def _watched(self, plain: Callable[[Any], bool]) -> Callable[[Any], bool]:
         def truth(value: Any) -> bool:
@@ -237,11 +228,8 @@ def within(seconds: float) -> Iterator[None]:
             raise TooSlowError(f"no end of the trace after {seconds:.0f} s")
         return plain(self, *args, **kwargs)
 
-    torch.fx.Graph.create_node = create_node  # type: ignore[method-assign]
-    try:
+    with patched(torch.fx.Graph, create_node=create_node):
         yield
-    finally:
-        torch.fx.Graph.create_node = plain  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager
@@ -253,10 +241,7 @@ def as_in_eager(said: int) -> Iterator[None]:
     nothing does nothing: it would swap parameters for traced ones. A function with a backward of
     its own is refused, since only its forward would be in the graph.
     """
-    compiler: Any = torch.compiler
     function: Any = torch.autograd.Function
-    kept = compiler.is_exporting, compiler.is_compiling, nn.Module.to, function.__dict__["apply"]
-    hook, data = T.__dict__.get("register_hook"), T.__dict__.get("data")
     plain_apply = function.apply.__func__
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
@@ -266,25 +251,14 @@ def as_in_eager(said: int) -> Iterator[None]:
             )
         return plain_apply(cls, *args, **kwargs)
 
-    if said < 2:
-        compiler.is_exporting = lambda: False
-    if said < 1:
-        compiler.is_compiling = lambda: False
-    nn.Module.to = _to_if_needed(nn.Module.to)  # type: ignore[method-assign]
-    function.apply = classmethod(apply)
-    T.register_hook = _refuse_hook  # type: ignore[method-assign]
-    T.data = property(_data, _refuse_data)  # type: ignore[assignment]
-    try:
+    hidden = ("is_compiling", "is_exporting")[said:]
+    with (
+        patched(torch.compiler, **dict.fromkeys(hidden, lambda: False)),
+        patched(nn.Module, to=_to_if_needed(nn.Module.to)),
+        patched(function, apply=classmethod(apply)),
+        patched(T, register_hook=_refuse_hook, data=property(_data, _refuse_data)),
+    ):
         yield
-    finally:
-        compiler.is_exporting, compiler.is_compiling = kept[:2]
-        nn.Module.to = kept[2]  # type: ignore[method-assign]
-        function.apply = kept[3]
-        for name, value in (("register_hook", hook), ("data", data)):
-            if value is None:
-                delattr(T, name)
-            else:
-                setattr(T, name, value)
 
 
 def _refuse_hook(tensor: torch.Tensor, hook: Any) -> Any:

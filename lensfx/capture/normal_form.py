@@ -23,7 +23,7 @@ from lensfx.capture.no_ops import drop_no_ops
 from lensfx.capture.paths import drop_settled, guard_path
 from lensfx.errors import CaptureError
 from lensfx.graph.names import name_nodes
-from lensfx.graph.node import argument, is_op, memory_of, module_path, op_name, where
+from lensfx.graph.node import argument, is_op, memory_of, module_path, op_name, outputs_of, where
 from lensfx.graph.opaque import is_opaque, opaque_of
 from lensfx.graph.ops import constructs, is_impure, writes
 from lensfx.graph.program import remove_dead
@@ -244,8 +244,7 @@ class _Builder:
         if settings:
             self._autocast.leave()
         self._depth -= detached
-        results = module.graph.output_node().args[0]
-        return [self._result(r, inner, detached) for r in results]
+        return [self._result(r, inner, detached) for r in outputs_of(module.graph)]
 
     def _result(self, value: Any, inner: Mapping[fx.Node, Any], detached: bool) -> Any:
         made = inner[value] if isinstance(value, fx.Node) else value
@@ -297,7 +296,7 @@ class _Builder:
         constants: Sequence[Any],
         decisions: Sequence[Decision],
     ) -> None:
-        made: tuple[Any, ...] = tuple(self.exported.graph.output_node().args[0])
+        made = outputs_of(self.exported.graph)
         traced = len(made) - len(decisions)
         for k, (value, decision) in enumerate(zip(made[traced:], decisions, strict=True)):
             guard_path(self.graph, _resolve(self, value, env), decision, k)

@@ -7,7 +7,7 @@
         exported = torch.export.export(model, ...)
 
 What real runs show is what is declared of the operator: which sizes its outputs have, what it
-updates in place, whether it draws random numbers, what a gradient reaches.
+updates in place, how much random state there is to draw from, what a gradient reaches.
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ class OpaqueModules:
         fit = Fit(path, calls, kinds)
         results, outputs = fit.results()
         updates = sorted({k for seen in calls for k in seen.updates})
-        carries, reached, grad = self._gradients[path, index]
+        carries, reached = self._gradients[path, index]
         after = dict(zip(self._tries[path, index][2], carries[len(outputs) :], strict=False))
         outputs = [
             dataclasses.replace(o, differentiable=c) for o, c in zip(outputs, carries, strict=False)
@@ -233,7 +233,6 @@ class OpaqueModules:
             reached=reached,
             lead=lead_dtype(tensors),
             state=max(seen.state for seen in calls),
-            grad=grad,
         )
 
 
@@ -246,14 +245,13 @@ def _tie_down(inputs: Sequence[Tensor], calls: Sequence[Seen]) -> None:
                 torch._check(size == known.pop())
 
 
-_Gradients = tuple[tuple[bool, ...], tuple[bool, ...], bool]
+_Gradients = tuple[tuple[bool, ...], tuple[bool, ...]]
 
 
 def _gradients(call: Call, given: Sequence[Tensor], updates: Sequence[int]) -> _Gradients:
     """Which outputs and updates can carry a gradient, which tensors it can reach.
 
-    Found by running the call once more; where that fails, all of them do. A run always has
-    gradients on: kernels give other last bits to operands that need none.
+    Found by running the call once more; where that fails, all of them do.
     """
     tensors = [*given, *(s.value().detach().clone() for s in call.slots)]
     count, reached = len(given), [True] * len(tensors)
@@ -277,7 +275,7 @@ def _gradients(call: Call, given: Sequence[Tensor], updates: Sequence[int]) -> _
         carries = tuple(
             t.requires_grad or (k < results and t.is_floating_point()) for k, t in enumerate(made)
         )
-    return carries, tuple(reached), True
+    return carries, tuple(reached)
 
 
 def _room(length: int) -> int:

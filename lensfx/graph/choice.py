@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NoReturn
 
 import torch
@@ -44,7 +45,7 @@ def _decided(value: torch.Tensor, expected: Any, site: str, index: int, slack: f
         return
     # A rewritten graph gives the same number up to rounding, and a number may be no condition
     # but part of what is computed.
-    if slack and abs(got - expected) <= slack * abs(expected):
+    if slack and math.isfinite(expected) and abs(got - expected) <= slack * abs(expected):
         return
     _other_path(index, site, expected, got)
 

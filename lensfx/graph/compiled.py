@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import fx
 
+from lensfx.graph.node import outputs_of
 from lensfx.graph.ops import is_impure
 
 __all__ = ["closure", "compiled", "effects_until", "probe"]
@@ -46,7 +47,7 @@ def probe(
     """
     nodes = list(graph.nodes)
     wanted = {n.name: n for n in nodes}
-    results = list(graph.output_node().args[0])  # type: ignore[arg-type]
+    results = outputs_of(graph)
     roots = [r for r in results if isinstance(r, fx.Node)] + [wanted[n] for n in names]
     if effects:
         roots += [n for n in nodes if n.op == "call_function" and is_impure(n)]

@@ -19,6 +19,7 @@ __all__ = [
     "memory_of",
     "module_path",
     "op_name",
+    "outputs_of",
     "schema_names",
     "shape_of",
     "source_line",
@@ -84,6 +85,12 @@ def op_name(node: fx.Node) -> str:
     packet = getattr(target, "overloadpacket", None)
     name = packet.__name__ if packet is not None else getattr(target, "__name__", str(target))
     return str(name)
+
+
+def outputs_of(graph: fx.Graph) -> list[Any]:
+    """The flat results of a graph: nodes, or constants where a result is none."""
+    results: Any = graph.output_node().args[0]
+    return list(results)
 
 
 def value_of(node: fx.Node) -> Any:

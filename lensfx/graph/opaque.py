@@ -4,8 +4,8 @@
 
 `key` names an Opaque, which knows how to call the module. The operator writes to nothing: what
 the module updates in place comes back as a value. `start` is what was there before: the old
-values of the updated, then the random state if the module draws. The backward is an operator of
-its own, which runs the module once more from there and asks autograd.
+values of the updated, then the random state. The backward is an operator of its own, which runs
+the module once more from there and asks autograd.
 """
 
 from __future__ import annotations
@@ -41,7 +41,11 @@ _Key = torch._C.DispatchKey
 
 _LIVE: WeakValueDictionary[str, Opaque] = WeakValueDictionary()
 
-
+_FORWARD = "(str key, Tensor[] inputs, SymInt[] sizes, Tensor[] weights) -> Tensor[]"
+_BACKWARD = (
+    "(str key, Tensor[] inputs, SymInt[] sizes, Tensor[] weights, Tensor state, "
+    "Tensor?[] grads, bool[] wanted) -> Tensor[]"
+)
 _RETRY = "capture with an example of these sizes and values"
 
 
@@ -82,8 +86,8 @@ class Opaque:
     call changes in place, inputs first, then weights, and tells if that is differentiable;
     `reached` tells which inputs and weights a gradient can reach. `lead` is the float dtype that
     came in when the call was observed, `promised` are those that code may rely on. `state` is the
-    length of the random state that a run starts from, 0 if it draws nothing; `grad` tells that
-    the forward needs autograd itself.
+    room in bytes for the random state that a run starts from: whether a call draws may depend on
+    its values.
     """
 
     path: str
@@ -92,18 +96,18 @@ class Opaque:
     spec: pytree.TreeSpec
     results: tuple[tuple[str, Any], ...]
     outputs: tuple[Output, ...]
+    state: int
     updates: tuple[tuple[int, bool], ...] = ()
     reached: tuple[bool, ...] = ()
     lead: torch.dtype | None = None
-    state: int = 0
-    grad: bool = False
     promised: set[torch.dtype | None] = field(default_factory=set, repr=False)
     key: str = field(init=False)
 
     def __post_init__(self) -> None:
         # Compiled code is kept on disk by its text: a key stands for the same declaration always.
         declared = (self.outputs, self.updates, self.reached, self.lead, self.state)
-        digest = hashlib.sha256(repr(declared).encode()).hexdigest()[:8]
+        text = repr((_FORWARD, _BACKWARD, declared))
+        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         key = free = f"{self.path}:{digest}"
         n = 0
         while free in _LIVE:
@@ -111,11 +115,6 @@ class Opaque:
             free = f"{key}~{n}"
         object.__setattr__(self, "key", free)
         _LIVE[free] = self
-
-    @property
-    def random(self) -> bool:
-        """Whether the call draws random numbers."""
-        return self.state > 0
 
     def declared(self, inputs: Sequence[Tensor], sizes: Sequence[Any]) -> list[tuple[Any, ...]]:
         """The sizes of each output, None where they depend on the data."""
@@ -134,11 +133,11 @@ class Opaque:
         tensors = [*inputs, *weights]
         # A copy made outside would be made again in a compiled backward, after the update.
         start = [tensors[k].detach().clone() for k, _ in self.updates]
-        if self.state:
-            state = random_state(self.call.sources(tensors)).ljust(self.state, b"\0")
-            start.append(torch.frombuffer(bytearray(state), dtype=torch.uint8))
-        with torch.set_grad_enabled(self.grad):
-            leaves = [leaf(t, self.grad and t.is_floating_point()) for t in tensors]
+        state = random_state(self.call.sources(tensors)).ljust(self.state, b"\0")
+        start.append(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+        # Kernels give other last bits to operands that need no gradient.
+        with torch.enable_grad():
+            leaves = [leaf(t, t.is_floating_point()) for t in tensors]
             outputs, updated = self._run(self._given(leaves), sizes, len(inputs))
         made = []
         shapes, dtypes = self.declared(inputs, sizes), self.dtypes(tensors)
@@ -196,15 +195,14 @@ class Opaque:
         inputs: Sequence[Tensor],
         sizes: Sequence[int],
         weights: Sequence[Tensor],
-        state: Sequence[Tensor],
+        state: Tensor,
         grads: Sequence[Tensor | None],
         wanted: Sequence[bool],
     ) -> list[Tensor]:
         """The gradients of the wanted inputs and weights, from a second run."""
         tensors = [*inputs, *weights]
         leaves = [leaf(t, w) for t, w in zip(tensors, wanted, strict=True)]
-        first = bytes(state[0].tolist()) if state else b""
-        with self.call.undone(tensors, first), torch.enable_grad():
+        with self.call.undone(tensors, bytes(state.tolist())), torch.enable_grad():
             outputs, updated = self._run(self._given(leaves), sizes, len(inputs))
         asked = [t for t, w in zip(leaves, wanted, strict=True) if w]
         pairs = [
@@ -296,7 +294,7 @@ def _below_nothing() -> Iterator[None]:
 @torch.library.custom_op(
     "lensfx::opaque",
     mutates_args=(),
-    schema="(str key, Tensor[] inputs, SymInt[] sizes, Tensor[] weights) -> Tensor[]",
+    schema=_FORWARD,
 )
 def _opaque(
     key: str, inputs: Sequence[Tensor], sizes: Sequence[int], weights: Sequence[Tensor]
@@ -308,15 +306,14 @@ def _opaque(
 @torch.library.custom_op(
     "lensfx::opaque_backward",
     mutates_args=(),
-    schema="(str key, Tensor[] inputs, SymInt[] sizes, Tensor[] weights, Tensor[] state, "
-    "Tensor?[] grads, bool[] wanted) -> Tensor[]",
+    schema=_BACKWARD,
 )
 def _opaque_backward(
     key: str,
     inputs: Sequence[Tensor],
     sizes: Sequence[int],
     weights: Sequence[Tensor],
-    state: Sequence[Tensor],
+    state: Tensor,
     grads: Sequence[Tensor | None],
     wanted: Sequence[bool],
 ) -> list[Tensor]:
@@ -338,7 +335,7 @@ def _(
         known = [torch.library.get_ctx().new_dynamic_size() if s is None else s for s in shape]
         made.append(_empty(known, dtype, device, output.order))
     made += [torch.empty_like(tensors[k]) for k, _ in (*opaque.updates, *opaque.updates)]
-    return [*made, torch.empty(opaque.state, dtype=torch.uint8)] if opaque.state else made
+    return [*made, torch.empty(opaque.state, dtype=torch.uint8)]
 
 
 @_opaque_backward.register_fake
@@ -347,7 +344,7 @@ def _(
     inputs: Sequence[Tensor],
     sizes: Sequence[Any],
     weights: Sequence[Tensor],
-    state: Sequence[Tensor],
+    state: Tensor,
     grads: Sequence[Tensor | None],
     wanted: Sequence[bool],
 ) -> list[Tensor]:
@@ -358,13 +355,14 @@ def _(
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     key, given, sizes, weights = inputs
     opaque = ctx.opaque = opaque_of(key)
-    ctx.sizes, ctx.counts = sizes, (len(given), len(weights))
+    ctx.sizes, ctx.count = sizes, len(given)
     tensors = [*given, *weights]
     carries = [o.differentiable for o in opaque.outputs] + [d for _, d in opaque.updates]
     start = output[len(carries) :]
-    old = {k: t for (k, _), t in zip(opaque.updates, start, strict=False)}
+    *before, state = start
+    old = {k: t for (k, _), t in zip(opaque.updates, before, strict=True)}
     saved = [old.get(k, t) for k, t in enumerate(tensors)]
-    ctx.save_for_backward(*saved, *start[len(old) :])
+    ctx.save_for_backward(*saved, state)
     ctx.set_materialize_grads(False)
     carries += [False] * (len(output) - len(carries))
     ctx.mark_non_differentiable(*(t for t, c in zip(output, carries, strict=True) if not c))
@@ -372,9 +370,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 
 
 def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    first, last = ctx.counts
-    saved = list(ctx.saved_tensors)
-    tensors, state = saved[: first + last], saved[first + last :]
+    first = ctx.count
+    *tensors, state = ctx.saved_tensors
     needs = [*ctx.needs_input_grad[1], *ctx.needs_input_grad[3]]
     wanted = [n and r for n, r in zip(needs, ctx.opaque.reached, strict=True)]
     carried = len(ctx.opaque.outputs) + len(ctx.opaque.updates)

@@ -86,18 +86,27 @@ class Call:
 
         They draw from the state `start` if it is given.
         """
+        back = self.noted(tensors)
+        try:
+            if start:
+                _set_random_state(self.sources(tensors), start)
+            yield
+        finally:
+            back()
+
+    def noted(self, tensors: Sequence[Tensor]) -> Callable[[], None]:
+        """A function that puts the module's attributes and all random states back as they are."""
         held = [(m.__dict__, dict(m.__dict__)) for m in self.module.modules()]
         sources = self.sources(tensors)
         state = random_state(sources)
-        try:
-            if start:
-                _set_random_state(sources, start)
-            yield
-        finally:
+
+        def back() -> None:
             _set_random_state(sources, state)
             for attributes, old in held:
                 attributes.clear()
                 attributes.update(old)
+
+        return back
 
     def sources(self, tensors: Sequence[Tensor]) -> list[Source]:
         """Everything that a run on these tensors' devices can draw from, and where it stands."""

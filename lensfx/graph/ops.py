@@ -9,8 +9,9 @@ import torch
 from torch import fx
 
 from lensfx.graph.choice import is_choice
+from lensfx.graph.layout import PLAIN, Layout
 from lensfx.graph.node import argument, is_op, schema_names
-from lensfx.graph.opaque import is_opaque, opaque_of
+from lensfx.graph.opaque import is_opaque
 
 __all__ = [
     "CASTS",
@@ -20,6 +21,7 @@ __all__ = [
     "VIEWS",
     "constructs",
     "data_inputs",
+    "hook_layout",
     "hook_point",
     "is_hook",
     "is_impure",
@@ -34,9 +36,21 @@ aten = torch.ops.aten
 T = TypeVar("T")
 
 
-def hook_point(value: T, name: str) -> T:
-    """The value itself: an identity that gives a place in the graph the canonical name `name`."""
+def hook_point(value: T, name: str, layout: tuple[Any, ...] | None = None) -> T:
+    """The value itself: an identity that gives a place in the graph the canonical name `name`.
+
+    `layout` holds the splits and the order of a `Layout` where hooks see other axes.
+    """
     return value
+
+
+def hook_layout(node: fx.Node) -> Layout:
+    """How the hooks at a hook point see its value."""
+    given: Any = node.args[2] if len(node.args) > 2 else None
+    if given is None:
+        return PLAIN
+    splits, order = given
+    return Layout(tuple((axis, tuple(sizes)) for axis, sizes in splits), tuple(order))
 
 
 COMMUTATIVE = frozenset(
@@ -166,7 +180,8 @@ def is_random(node: fx.Node) -> bool:
     if node.op != "call_function":
         return False
     if is_opaque(node):
-        return opaque_of(str(node.args[0])).random
+        # A call that drew nothing so far may draw on other values.
+        return True
     if node.target in DROPOUTS:
         return bool(argument(node, "train"))
     names = schema_names(node.target)

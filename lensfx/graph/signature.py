@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -235,24 +237,62 @@ def _own_names(kind: type) -> set[str]:
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, type)
 
 
-def _same(a: Any, b: Any) -> bool:
+def _same(a: Any, b: Any, inside: frozenset[tuple[int, int]] = frozenset()) -> bool:
+    """Whether two constants are equal; `inside` are the pairs that these are parts of."""
     if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor) or type(a) is not type(b):
         return False
     if isinstance(a, _PLAIN):
         # Zero has two signs, and a division tells them apart; NaN is not equal to itself.
         return repr(a) == repr(b) if isinstance(a, (float, complex)) else bool(a == b)
-    try:
-        equal = a == b
-        if isinstance(equal, bool) and (equal or "__eq__" in _own_names(type(a))):
-            return equal
-        if not isinstance(equal, bool):
-            return bool(getattr(equal, "all", lambda: equal)())
-    except Exception as error:
-        raise GuardError(
-            f"values of type {type(a).__name__} cannot be compared: {error}",
-            hint="pass the very object that was given at capture, or capture again",
-        ) from error
-    mine, other = getattr(a, "__dict__", None), getattr(b, "__dict__", None)
+    if type(a) not in (tuple, list, dict):
+        try:
+            equal = a == b
+            if isinstance(equal, bool) and (equal or "__eq__" in _own_names(type(a))):
+                return equal
+            if not isinstance(equal, bool):
+                return bool(getattr(equal, "all", lambda: equal)())
+        except Exception as error:
+            raise GuardError(
+                f"values of type {type(a).__name__} cannot be compared: {error}",
+                hint="pass the very object that was given at capture, or capture again",
+            ) from error
+    if (id(a), id(b)) in inside:
+        return True
+    inside = inside | {(id(a), id(b))}
+    mine, other = _parts(a), _parts(b)
     if mine is None or other is None:
         return False
-    return mine.keys() == other.keys() and all(_same(mine[k], other[k]) for k in mine)
+    return list(mine) == list(other) and all(_same(mine[k], other[k], inside) for k in mine)
+
+
+def _parts(value: Any) -> dict[Any, Any] | None:
+    """What an object holds, by name or number; None if that cannot be known."""
+    if isinstance(value, dict):
+        return value
+    if type(value) in (tuple, list):
+        return dict(enumerate(value))
+    bases = [base for base in type(value).__mro__ if base is not object]
+    if any(map(_written_in_c, bases)):
+        # It shows its state to `copy` only.
+        try:
+            made = value.__reduce_ex__(4)
+        except Exception:
+            return None
+        return dict(enumerate(made)) if isinstance(made, tuple) else None
+    slots = [m for base in bases for m in vars(base).values() if _is_slot(m)]
+    if not slots and not hasattr(value, "__dict__"):
+        return None
+    held: dict[Any, Any] = dict(sorted(getattr(value, "__dict__", {}).items()))
+    for slot in slots:
+        with contextlib.suppress(AttributeError):
+            held[slot] = slot.__get__(value)
+    return held
+
+
+def _written_in_c(kind: type) -> bool:
+    methods = (types.WrapperDescriptorType, types.MethodDescriptorType)
+    return any(isinstance(m, methods) and m.__objclass__ is kind for m in vars(kind).values())
+
+
+def _is_slot(member: Any) -> bool:
+    return isinstance(member, types.MemberDescriptorType)

@@ -12,6 +12,7 @@ from torch import fx, nn
 from torch._subclasses import FakeTensor
 
 from lensfx.errors import RewriteError
+from lensfx.graph.node import outputs_of
 from lensfx.graph.program import Program, copy_graph
 from lensfx.rewrite.blocks import evaluate
 
@@ -109,9 +110,9 @@ class _Given:
         for source in formula.sources:
             value = self.value(before, source)
             sources[source] = before.tensors[source] if value is None else value
-        root: Any = formula.graph.output_node().args[0]
+        (root,) = outputs_of(formula.graph)
         dtype = program.tensors[name].dtype
-        return evaluate(root[0], lambda n: sources[str(n.target)], dtype)
+        return evaluate(root, lambda n: sources[str(n.target)], dtype)
 
     def _gives(self, program: Program, names: Iterable[str]) -> bool:
         for name in names:

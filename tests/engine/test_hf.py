@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -10,15 +11,15 @@ import pytest
 import torch
 from models.case import randomise
 from torch import Tensor, nn
+from torch.testing import assert_close
 from torch.utils import _pytree as pytree
+from transformers import DynamicCache, EncoderDecoderCache
 
-from lensfx import LensError, Program, capture
+import lensfx
+from lensfx import GuardError, Lens, capture
 from lensfx.capture.hf import (
-    CACHE,
     admit,
     cached_calls,
-    cached_programs,
-    empty_cache,
     exporter_patches,
     library_models,
     register_outputs,
@@ -91,72 +92,154 @@ def ids(batch: int = 2, length: int = 7) -> Tensor:
 
 
 @cache
-def captured(factory: Any) -> tuple[Any, tuple[Program, ...]]:
-    model, tokens = built(factory), ids()
-    calls = cached_calls(model, (tokens,), {"attention_mask": torch.ones_like(tokens)})
-    return model, cached_programs(capture, model, calls)
+def wrapped(factory: Any, passes: str | None = None) -> tuple[Any, Lens]:
+    """A model and its lens, in float64 where the passes round otherwise than the model."""
+    model = built(factory)
+    if passes is not None:
+        model = model.double()
+    return model, lensfx.wrap(model, ids(), cache=True, passes=passes)
 
 
-def first_that_takes(programs: tuple[Program, ...], call: dict[str, Any]) -> Any:
-    for program in programs:
-        try:
-            return program(**call)
-        except LensError as error:
-            refused = error
-    raise refused
+def steps(model: Any, lens: Lens, batch: int, padded: bool) -> Iterator[tuple[Any, Any]]:
+    """What the model and the lens return, for a prefill and five tokens that follow."""
+    tokens, mask = ids(batch), torch.ones(batch, 7, dtype=torch.int64)
+    mask[1:, :2] = 1 - int(padded)
+    call = {"input_ids": tokens, "position_ids": torch.arange(7).expand(batch, 7)}
+    own, kept = DynamicCache(), lensfx.empty_cache(lens.program, batch)
+    with torch.no_grad():
+        for _ in range(6):
+            call = {**call, "attention_mask": mask, "use_cache": True}
+            want = model(**call, past_key_values=own)
+            got = lens(**call, past_key_values=kept)
+            yield want, got
+            kept = got.past_key_values
+            call["input_ids"] = want.logits[:, -1:].argmax(-1)
+            call["position_ids"] = call["position_ids"][:, -1:] + 1
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+
+
+def decoder_steps(model: Any, lens: Lens, batch: int) -> Iterator[tuple[Any, Any]]:
+    """As `steps`, for a decoder that starts at one token beside an encoder's result."""
+    tokens, mask = torch.zeros(batch, 1, dtype=torch.int64), torch.ones(batch, 7, dtype=torch.int64)
+    mask[1:, 5:] = 0
+    own, kept = (EncoderDecoderCache(DynamicCache(), DynamicCache()) for _ in range(2))
+    with torch.no_grad():
+        seen = model.get_encoder()(input_ids=ids(batch), attention_mask=mask)
+        for _ in range(6):
+            call = {"encoder_outputs": seen, "attention_mask": mask, "decoder_input_ids": tokens}
+            want = model(**call, past_key_values=own, use_cache=True)
+            got = lens(**call, past_key_values=kept, use_cache=True)
+            yield want, got
+            kept, tokens = got.past_key_values, want.logits[:, -1:].argmax(-1)
+
+
+def held(result: Any) -> list[Tensor]:
+    return [t for t in pytree.tree_leaves(result.past_key_values) if isinstance(t, Tensor)]
+
+
+def assert_same(want: Any, got: Any) -> None:
+    assert type(got) is type(want)
+    assert torch.equal(got.logits, want.logits)
+    assert len(held(got)) == len(held(want)) > 0
+    assert all(map(torch.equal, held(got), held(want)))
 
 
 @pytest.mark.parametrize("factory", [learned_positions, rotary, sliding])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_prefill_and_five_steps_are_the_models_own(factory: Any, batch: int) -> None:
-    from transformers import DynamicCache
-
-    model, programs = captured(factory)
-    tokens, mask = ids(batch), torch.ones(batch, 7, dtype=torch.int64)
-    mask[1:, :2] = 0
-    places = torch.arange(7).expand(batch, 7)
-    own, kept = DynamicCache(), empty_cache(programs[0], batch)
-    with torch.no_grad():
-        for step in range(6):
-            call = {"input_ids": tokens, "attention_mask": mask, "position_ids": places}
-            want = model(**call, past_key_values=own, use_cache=True)
-            got = first_that_takes(programs, {**call, CACHE: kept, "use_cache": True})
-            assert type(got) is type(want)
-            assert torch.equal(got.logits, want.logits), step
-            kept = got.past_key_values
-            assert kept.get_seq_length() == own.get_seq_length() == 7 + step
-            pairs = zip(kept.layers, own.layers, strict=True)
-            assert all(torch.equal(a.keys, b.keys) for a, b in pairs)
-            tokens = want.logits[:, -1:].argmax(-1)
-            places, mask = places[:, -1:] + 1, torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+    model, lens = wrapped(factory)
+    for n, (want, got) in enumerate(steps(model, lens, batch, padded=True)):
+        assert_same(want, got)
+        assert got.past_key_values.get_seq_length() == 7 + n
+    assert len(lens.programs) == 1
 
 
-def test_an_encoder_and_a_decoder_take_a_program_for_the_first_call() -> None:
-    from transformers import DynamicCache, EncoderDecoderCache
-
-    model, programs = captured(two_stacks)
-    assert len(programs) == 2
-    mask = torch.ones(2, 7, dtype=torch.int64)
-    mask[1, 5:] = 0
-    tokens = torch.zeros(2, 1, dtype=torch.int64)
-    own, kept = (EncoderDecoderCache(DynamicCache(), DynamicCache()) for _ in range(2))
-    with torch.no_grad():
-        seen = model.get_encoder()(input_ids=ids(), attention_mask=mask)
-        for _ in range(6):
-            call = {"encoder_outputs": seen, "attention_mask": mask, "decoder_input_ids": tokens}
-            want = model(**call, past_key_values=own, use_cache=True)
-            got = first_that_takes(programs, {**call, CACHE: kept, "use_cache": True})
-            assert torch.equal(got.logits, want.logits)
-            kept, tokens = got.past_key_values, want.logits[:, -1:].argmax(-1)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_an_encoder_and_a_decoder_are_the_models_own(batch: int) -> None:
+    model, lens = wrapped(two_stacks)
+    for want, got in decoder_steps(model, lens, batch):
+        assert_same(want, got)
+    # The first call has a cache without structure, and no encoder's keys in it.
+    assert len(lens.programs) <= 3
 
 
-def test_grouped_heads_take_another_path_for_one_token() -> None:
-    _, programs = captured(grouped)
-    tokens = next(a for a in programs[0].guards.dynamic if a.label == "input_ids.size(1)")
+@pytest.mark.parametrize("batch", [1, 2])
+def test_grouped_heads_take_another_path_for_one_token(batch: int) -> None:
+    model, lens = wrapped(grouped)
+    for want, got in steps(model, lens, batch, padded=False):
+        assert_same(want, got)
     # The library packs the heads of a single query together, which rounds in another order.
+    tokens = next(a for a in lens.program.guards.dynamic if a.label == "input_ids.size(1)")
     assert tokens.low == 2
-    past = next(a for a in programs[0].guards.dynamic if a.label == "past_key_values[0].size(2)")
-    assert past.low == 0
+    assert len(lens.programs) == 2
+    # With a mask that hides nothing it takes a third kernel, and the program says that it cannot.
+    (note,) = lens.programs[1].source.notes
+    assert note.startswith("for other values of its inputs the model does other arithmetic: logits")
+    for want, got in steps(model, lens, batch, padded=True):
+        assert_close(got.logits, want.logits, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("factory", [learned_positions, rotary, grouped])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_rewritten_programs_take_a_cache(factory: Any, batch: int) -> None:
+    model, lens = wrapped(factory, "default")
+    for want, got in steps(model, lens, batch, padded=True):
+        assert_close(got.logits.log_softmax(-1), want.logits.log_softmax(-1), rtol=0, atol=1e-12)
+        assert_close(held(got), held(want), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_rewritten_encoder_and_decoder_take_a_cache(batch: int) -> None:
+    model, lens = wrapped(two_stacks, "default")
+    for want, got in decoder_steps(model, lens, batch):
+        assert_close(got.logits.log_softmax(-1), want.logits.log_softmax(-1), rtol=0, atol=1e-12)
+        assert_close(held(got), held(want), rtol=0, atol=1e-12)
+
+
+def test_every_tensor_of_a_cache_is_an_output_with_a_name() -> None:
+    _, lens = wrapped(rotary)
+    names = lens.program.signature.outputs
+    assert names == ("logits", *(f"past_key_values[{k}]" for k in range(4)))
+    results: Any = lens.program.graph.output_node().args[0]
+    assert len(results) == len(names)
+
+
+def test_a_plain_call_that_returns_a_cache_is_rewritten_too() -> None:
+    model = built(rotary).double()
+    lens = lensfx.wrap(model, ids())
+    with torch.no_grad():
+        want, got = model(ids(3, 5)), lens(ids(3, 5))
+    assert_close(got.logits.log_softmax(-1), want.logits.log_softmax(-1), rtol=0, atol=1e-12)
+    assert_close(held(got), held(want), rtol=0, atol=1e-12)
+
+
+def test_a_model_in_training_mode_is_captured_as_in_eval_mode_and_left_alone() -> None:
+    model = built(learned_positions)
+    known = capture(model, ids(), cache=True)
+    state = torch.get_rng_state()
+    program = capture(model.train(), ids(), cache=True)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    assert program.guards.axes == known.guards.axes
+
+
+def test_values_have_to_be_as_many_as_keys() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(q, k, v)
+
+    class Attends(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return attend(q, k, v)
+
+    q, k, v = (torch.randn(1, 2, n, 4) for n in (3, 7, 7))
+    program = capture(Attends(), q, k, v)
+    assert torch.equal(program(q, k[:, :, :5], v[:, :, :5]), attend(q, k[:, :, :5], v[:, :, :5]))
+    with pytest.raises(GuardError):
+        # Torch's own kernel reads on behind the values here.
+        program(q, k, v[:, :, :5])
+    # The other way round it leaves the last values out.
+    longer = capture(Attends(), q, k[:, :, :5], v)
+    assert torch.equal(longer(q, k[:, :, :5], v), attend(q, k[:, :, :5], v))
 
 
 def test_the_cache_of_an_output_is_the_models_own_type() -> None:
@@ -183,9 +266,8 @@ def test_a_call_that_differs_opens_nothing() -> None:
 
 
 def test_an_empty_cache_holds_nothing_for_any_batch() -> None:
-    _, programs = captured(learned_positions)
-    assert len(programs) == 1
-    empty = empty_cache(programs[0], 3)
+    _, lens = wrapped(learned_positions)
+    empty = lensfx.empty_cache(lens.program, 3)
     assert empty.get_seq_length() == 0
     assert {t.shape for t in pytree.tree_leaves(empty)} == {(3, 4, 0, 8)}
 
@@ -217,7 +299,7 @@ def test_what_does_not_generate_is_refused() -> None:
 def test_a_program_without_a_cache_has_no_empty_one() -> None:
     program = capture(built(rotary), input_ids=ids(), use_cache=False)
     with pytest.raises(CaptureError, match="takes no cache"):
-        empty_cache(program)
+        lensfx.empty_cache(program)
 
 
 def test_transformers_is_not_imported_for_a_plain_model() -> None:

@@ -128,18 +128,6 @@ def test_the_two_zeros_are_two_constants() -> None:
         program(X, -0.0)
 
 
-def test_objects_that_cannot_be_compared_pass_only_as_themselves() -> None:
-    class Odd:
-        def __eq__(self, other: object) -> bool:
-            raise ValueError("no")
-
-    model, odd = Calls(lambda self, x, setting: x * 2), Odd()
-    program = capture(model, A, odd)
-    assert same(program(X, odd), X * 2)
-    with pytest.raises(GuardError, match="values of type Odd cannot be compared: no"):
-        program(X, Odd())
-
-
 def test_variadic_signatures() -> None:
     def body(self: Any, first: Tensor, *rest: Tensor, shift: Tensor, **named: Tensor) -> Tensor:
         total = first - sum(rest) * shift
