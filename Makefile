@@ -39,6 +39,7 @@ test: $(VENV)/.dev
 zoo: $(VENV)/.dev
 	$(install)
 	$(BIN)/python benchmarks/zoo.py
+	$(BIN)/python benchmarks/structure.py
 
 fuzz: $(VENV)/.dev
 	$(install)

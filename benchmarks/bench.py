@@ -19,10 +19,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import lensfx
 from lensfx import passes as p
+from lensfx.analysis import structure
 from lensfx.rewrite import Pipeline
 
 LAYERS = (2, 12, 48, 96)
 PASSES_AT = 12
+STRUCTURE_AT = (12, 48, 96)
 # The shape of a 70B model of the Llama kind.
 HUGE = {
     "num_hidden_layers": 80,
@@ -101,6 +103,11 @@ def rows_of(name: str, model: torch.nn.Module, layers: int, runs: int) -> Iterat
         mine, other, ratio = interleaved(ours, bare, runs)
         case = f"{name}: {label} / torch.export"
         yield case, f"{mine:.2f} s", f"{other:.2f} s", f"{ratio:.2f}", goal
+    if layers in STRUCTURE_AT:
+        program = lensfx.capture(model, input_ids=ids)
+        mine, other, ratio = interleaved(lambda: structure(program), captured, runs)
+        case = f"{name}: structure / capture"
+        yield case, f"{mine:.2f} s", f"{other:.2f} s", f"{ratio:.3f}", "<= 0.2"
 
 
 def huge() -> None:

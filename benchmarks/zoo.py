@@ -17,6 +17,7 @@ import sys
 import time
 import warnings
 from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 MEMORY = 8 << 30
 GRACE = 20
 Record = dict[str, Any]
+Trial = Callable[[Any], Iterable[Record]]
 
 
 def main() -> None:
@@ -43,7 +45,9 @@ def main() -> None:
         options.results.parent.mkdir(parents=True)
         (options.results.parent / ".gitignore").write_text("*\n", encoding="utf-8")
     if not options.table:
-        drive(chosen(options), options)
+        from models.zoo.trial import trial
+
+        drive(chosen(options), options, trial)
     options.docs.parent.mkdir(parents=True, exist_ok=True)
     options.docs.write_text(page(read(options.results)), encoding="utf-8")
 
@@ -62,14 +66,14 @@ def chosen(options: argparse.Namespace) -> list[Any]:
     ]
 
 
-def drive(waiting: list[Any], options: argparse.Namespace) -> None:
+def drive(waiting: list[Any], options: argparse.Namespace, trial: Trial) -> None:
     """Run each architecture in a child process, so many at a time."""
     running: dict[int, tuple[Any, float]] = {}
     waiting.reverse()
     while waiting or running:
         while waiting and len(running) < options.processes:
             architecture = waiting.pop()
-            running[start(architecture, options)] = (architecture, time.monotonic())
+            running[start(architecture, options, trial)] = (architecture, time.monotonic())
         time.sleep(0.05)
         for child, (architecture, since) in list(running.items()):
             ended, status = os.waitpid(child, os.WNOHANG)
@@ -85,21 +89,20 @@ def drive(waiting: list[Any], options: argparse.Namespace) -> None:
                 os.kill(child, signal.SIGKILL if late else signal.SIGTERM)
 
 
-def start(architecture: Any, options: argparse.Namespace) -> int:
+def start(architecture: Any, options: argparse.Namespace, trial: Trial) -> int:
     """Start a child that tries one architecture; its process id."""
     child = os.fork()
     if child == 0:
         try:
-            run(architecture, options.results)
+            run(architecture, options.results, trial)
         finally:
             os._exit(1)
     return child
 
 
-def run(architecture: Any, results: Path) -> None:
+def run(architecture: Any, results: Path, trial: Trial) -> None:
     """Try one architecture and append the last record that it came to."""
     import torch
-    from models.zoo.trial import trial
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     torch.set_num_threads(1)

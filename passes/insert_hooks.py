@@ -1,15 +1,19 @@
 """Give the places users know a name in the graph: identity nodes that can be read and edited.
 
-    blocks.i.hook_resid_pre, hook_attn_out, hook_resid_mid, hook_mlp_out, hook_resid_post
-    blocks.i.ln1.hook_normalized, ln2.hook_normalized, ln_final.hook_normalized
-    hook_embed, hook_pos_embed, unembed.hook_in, unembed.hook_out             each [batch, pos, .]
+    hook_embed, hook_pos_embed, unembed.hook_in                               [batch, pos, d_model]
+    blocks.i.hook_resid_pre, hook_resid_mid, hook_resid_post, hook_mlp_in     [batch, pos, d_model]
+    blocks.i.hook_attn_out, hook_mlp_out, ln1.hook_normalized                 [batch, pos, d_model]
+    blocks.i.attn.hook_q, hook_k, hook_v, hook_rot_q, hook_rot_k, hook_z      [batch, pos, head, d]
+    blocks.i.attn.hook_attn_scores, hook_pattern                              [batch, head, q, k]
+    blocks.i.mlp.hook_pre, hook_pre_linear, hook_post                         [batch, pos, d_mlp]
 
 On the stream everyone who reads the value reads the named one, so an edit at resid_mid reaches
 the skip connection; attn_out and mlp_out are exactly what is added. The values are bitwise what
-they were.
+they were. What is no value of the graph as it stands (the pattern inside a fused attention, a
+norm before its gain) has no node either: a run computes it where it is asked for.
 
-Leaves alone: a stream that is not plain pre-norm. Then only the embedding and the unembedding
-get their names, and the refusal says where the search ended.
+Leaves alone: a model whose structure is not wholly understood. Then only the embedding and the
+unembedding get their names, and the refusal says where the search ended.
 """
 
 from __future__ import annotations
@@ -17,76 +21,78 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
-from lensfx.analysis import Stream, Unknown, residual_stream, token_tables, unembedding
-from lensfx.graph import Program, argument, hook_point, is_hook, readers
-from lensfx.rewrite import Edit, Match, Miss, Pass, Rule, Sites
+from lensfx.analysis import Point, Structure, structure, token_tables, unembedding
+from lensfx.graph import Program, argument, arguments, hook_point, is_hook, readers, shape_of
+from lensfx.rewrite import At, Edit, Match, Miss, Pass, Rule, Sites
 from lensfx.verify import Observes
 
-Point = tuple[str, fx.Node, fx.Node | None]  # name, value, the one reader it is for (None: all)
-
-
-def points(stream: Stream) -> Iterator[Point]:
-    """Every named place, from the output backwards: of two at one value the later comes first."""
-    if stream.unembed is not None:
-        yield from head_points(stream.unembed)
-    if stream.ln_final is not None:
-        yield "ln_final.hook_normalized", stream.ln_final, None
-    for i, block in reversed(list(enumerate(stream.blocks))):
-        at = f"blocks.{i}"
-        last = block.writes[-1]
-        yield f"{at}.hook_resid_post", last.add, None
-        if block.mlp is not None:
-            yield f"{at}.hook_mlp_out", block.mlp.branch, block.mlp.reader
-            if block.attn is None or block.mlp.norm is not block.attn.norm:
-                yield f"{at}.ln2.hook_normalized", block.mlp.norm, None
-        if block.attn is not None:
-            if block.mlp is not None and not block.parallel:
-                yield f"{at}.hook_resid_mid", block.attn.add, None
-            yield f"{at}.hook_attn_out", block.attn.branch, block.attn.reader
-            yield f"{at}.ln1.hook_normalized", block.attn.norm, None
-        yield f"{at}.hook_resid_pre", block.writes[0].carry, None
-    if stream.pos_embed is not None:
-        yield "hook_pos_embed", stream.pos_embed, None
-    yield "hook_embed", stream.embed, None
-
-
-def head_points(linear: fx.Node) -> Iterator[Point]:
-    yield "unembed.hook_out", linear, None
-    yield "unembed.hook_in", argument(linear, "input"), linear
+aten = torch.ops.aten
 
 
 def ends(program: Program) -> Iterator[Point]:
     """The places that need no stream: the first token table and the only head."""
     head = unembedding(program)
     if head is not None:
-        yield from head_points(head)
+        yield Point("unembed.hook_out", head)
+        yield Point("unembed.hook_in", argument(head, "input"), only=(head,))
     table = next(token_tables(program), None)
     if table is not None:
-        yield "hook_embed", table, None
+        yield Point("hook_embed", table)
 
 
 def find(program: Program) -> Iterator[Match | Miss]:
     named = {n.args[1] for n in program.graph.nodes if is_hook(n)}
-    stream = residual_stream(program)
-    if isinstance(stream, Unknown):
-        blamed = stream.node or program.graph.output_node()
-        yield Miss(f"no plain pre-norm stream: {stream.reason}", blamed, at_site=True)
-    for name, value, reader in ends(program) if isinstance(stream, Unknown) else points(stream):
-        if name not in named:
-            yield Match({"root": value, "name": name, "reader": reader}, (), program)
+    found = structure(program)
+    if not found.complete:
+        note = reason(found)
+        at = found.unclaimed[0] if found.unclaimed else program.graph.output_node()
+        yield Miss(f"no hook points on blocks: {note}", at, at_site=True)
+    for point in found.points if found.complete else ends(program):
+        if point.name not in named and not point.part:
+            yield Match({"root": point.node, "point": point}, (), program)
+
+
+def reason(found: Structure) -> str:
+    """Why the blocks of a structure are not to be trusted, in words."""
+    if not found.streams:
+        return "no residual stream leads to an output"
+    return f"{len(found.unclaimed)} products with a weight belong to nothing that was found"
 
 
 def replace(m: Match, edit: Edit) -> None:
-    told = [m.reader] if m.reader is not None else readers(m.root)
-    at = edit.after(m.root)
-    hook = at.call(hook_point, m.root, m.name)
+    point: Point = m.point
+    told = list(point.only) if point.only is not None else readers(m.root)
+    at = edit.after(m.root) if point.like is None else edit.before(told[0])
+    value = m.root if point.rows_of is None else apart(at, m.root, point.rows_of)
+    if point.like is not None:
+        value = at.call(aten.expand_as.default, value, point.like)
+    layout = None
+    if not point.layout.is_plain and point.rows_of is None:
+        layout = (point.layout.splits, point.layout.order)
+    given = (value, point.name) if layout is None else (value, point.name, layout)
+    hook = at.call(hook_point, *given)
     # A position table that is a parameter as it stands: a place to edit is no weight to be folded.
     hook.meta["weight"] = False
+    if point.rows_of is not None:
+        hook = at.call(aten.reshape.default, hook, [-1, shape_of(m.root)[-1]])  # type: ignore[index]
     for reader in told:
-        at.redirect(reader, m.root, hook)
-    edit.remark(m.name)
+        if point.like is None:
+            at.redirect(reader, m.root, hook)
+        else:
+            at.set(reader, **{n: hook for n, v in arguments(reader).items() if v is m.root})
+    edit.remark(point.name)
+
+
+def apart(at: At, rows: fx.Node, like: fx.Node) -> fx.Node:
+    """Rows with batch and positions in two axes again, as `like` has them."""
+    lead = [
+        size if isinstance(size, int) else at.call(aten.sym_size.int, like, axis)
+        for axis, size in enumerate((shape_of(like) or ())[:2])
+    ]
+    return at.call(aten.reshape.default, rows, [*lead, shape_of(rows)[-1]])  # type: ignore[index]
 
 
 def unless(m: Match) -> str | None:
@@ -95,7 +101,7 @@ def unless(m: Match) -> str | None:
 
 @dataclass(frozen=True)
 class InsertHooks(Pass):
-    """Put a named identity at every canonical place of a plain pre-norm stream."""
+    """Put a named identity at every canonical place of a model."""
 
     rules = (Rule(Sites(find), unless, replace),)
     contract = Observes()

@@ -3,7 +3,15 @@
 from lensfx.analysis.contraction import weight_einsum
 from lensfx.analysis.gauge import Proof, Seen, dead
 from lensfx.analysis.norms import NORMS, WRITTEN_NORM, Norm, is_norm, written_norm
-from lensfx.analysis.stream import Block, Stream, Unknown, Write, residual_stream
+from lensfx.analysis.structure import (
+    Block,
+    Point,
+    Stream,
+    Structure,
+    Write,
+    component_graph,
+    structure,
+)
 from lensfx.analysis.unembed import Head, heads, token_tables, unembedding
 
 __all__ = [
@@ -12,15 +20,17 @@ __all__ = [
     "Block",
     "Head",
     "Norm",
+    "Point",
     "Proof",
     "Seen",
     "Stream",
-    "Unknown",
+    "Structure",
     "Write",
+    "component_graph",
     "dead",
     "heads",
     "is_norm",
-    "residual_stream",
+    "structure",
     "token_tables",
     "unembedding",
     "weight_einsum",

@@ -28,6 +28,7 @@ __all__ = [
     "Shape",
     "all_axes",
     "along",
+    "fingerprint",
     "groups",
     "is_one",
     "lifted",
@@ -61,7 +62,7 @@ def along(axes: Iterable[int], shape: Shape) -> str:
 
 def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
     """Whether two sizes are equal for every input; False where that cannot be shown."""
-    return _fingerprint(a) == _fingerprint(b)
+    return fingerprint(a) == fingerprint(b)
 
 
 def groups(before: Shape, after: Shape) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -70,8 +71,8 @@ def groups(before: Shape, after: Shape) -> list[tuple[tuple[int, ...], tuple[int
     Axes of size 1 are left out. Both shapes describe one row-major buffer, so the pairing is
     forced; sizes whose products cannot be shown equal end in one last group.
     """
-    ins = [(i, _fingerprint(size)) for i, size in enumerate(before) if not is_one(size)][::-1]
-    outs = [(i, _fingerprint(size)) for i, size in enumerate(after) if not is_one(size)][::-1]
+    ins = [(i, fingerprint(size)) for i, size in enumerate(before) if not is_one(size)][::-1]
+    outs = [(i, fingerprint(size)) for i, size in enumerate(after) if not is_one(size)][::-1]
     if any(size[0] == 0 for _, size in (*ins, *outs)):
         return [(tuple(i for i, _ in ins[::-1]), tuple(i for i, _ in outs[::-1]))]
     found = []
@@ -101,12 +102,17 @@ def _group(
     return tuple(left), tuple(right)
 
 
-def _fingerprint(size: int | torch.SymInt) -> _Print:
+def fingerprint(size: int | torch.SymInt) -> _Print:
     """The size at two assignments of large numbers to its symbols."""
     if isinstance(size, int):
         return size, size
-    expr = getattr(size.node, "expr", None)
+    expr = getattr(getattr(size, "node", None), "expr", None)
     return _opaque(size) if expr is None else _evaluated(expr)
+
+
+def value_print(expr: Any) -> _Print:
+    """The same for an expression that is a factor of a size."""
+    return _evaluated(expr)
 
 
 @cache

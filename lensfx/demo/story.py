@@ -16,7 +16,7 @@ from lensfx.run import HookPoint, Lens, wrap
 __all__ = ["Head", "ablated_loss", "induction_scores", "previous_scores", "tell"]
 
 Head = tuple[int, int]
-PATTERN, Z = "h.{}.attn.softmax", "h.{}.attn.matmul_1"
+PATTERN, Z = "blocks.{}.attn.hook_pattern", "blocks.{}.attn.hook_z"
 THRESHOLD = 0.4
 
 
@@ -28,6 +28,8 @@ def tell(console: Console, *, batch: int = 64, half: int = 24, seed: int = 7) ->
     with console.status("capturing, rewriting and proving the model ..."):
         lens = wrap(model, tokens[:2])
     console.print(lens.report)
+    console.rule("what it is made of, from its dataflow: lens.structure")
+    console.print(str(lens.structure), markup=False, highlight=False, soft_wrap=True)
 
     console.rule("which heads look for the last time a token was seen?")
     with console.status("reading every attention pattern ..."):
@@ -74,8 +76,8 @@ def ablated_loss(lens: Lens, tokens: Tensor, heads: Sequence[Head]) -> float:
     half = tokens.shape[1] // 2
 
     def without(z: Tensor, hook: HookPoint) -> Tensor:
-        z = z.clone()  # [batch, head, pos, d_head]
-        z[:, [head for layer, head in heads if layer == hook.layer()]] = 0
+        z = z.clone()  # [batch, pos, head, d_head]
+        z[:, :, [head for layer, head in heads if layer == hook.layer()]] = 0
         return z
 
     places = [(Z.format(layer), without) for layer in sorted({layer for layer, _ in heads})]

@@ -38,6 +38,8 @@ PLAIN = Layout()
 
 def show(call: Call, value: Any, layout: Layout) -> Any:
     """A value as its hook shows it, a view wherever the sizes allow one; `call` makes each step."""
+    if layout.is_plain:
+        return value
     for axis, sizes in layout.splits:
         value = call(aten.unflatten.int, value, axis, list(sizes))
     return call(aten.permute.default, value, list(layout.order)) if layout.order else value
@@ -45,6 +47,8 @@ def show(call: Call, value: Any, layout: Layout) -> Any:
 
 def store(call: Call, value: Any, layout: Layout) -> Any:
     """What a hook gives back, with the axes the graph goes on with; `call` makes each step."""
+    if layout.is_plain:
+        return value
     if layout.order:
         value = call(aten.permute.default, value, _inverse(layout.order))
     for axis, sizes in reversed(layout.splits):

@@ -15,6 +15,7 @@ from lensfx.graph.ops import is_hook
 from lensfx.graph.program import Program, Source
 from lensfx.rewrite.rule import PassReport
 from lensfx.verify.prove import Equivalence
+from lensfx.verify.witness import Witness
 
 __all__ = ["Report"]
 
@@ -26,7 +27,8 @@ MOST = 12
 class Report:
     """`passes` by class name, each with `fired` and `refused`; `equivalence` if it was proved.
 
-    `source` holds capture's notes, `guards` the sizes that stayed free and those that did not.
+    `source` holds capture's notes, `guards` the sizes that stayed free and those that did not,
+    `witness` what one run of the example says of the structure.
     """
 
     passes: Mapping[str, PassReport]
@@ -37,9 +39,15 @@ class Report:
     parameters: int = 0
     folded: tuple[str, ...] = field(default=())
     outputs: tuple[str, ...] = ()
+    witness: Witness | None = None
 
     @classmethod
-    def of(cls, program: Program, equivalence: Equivalence | None = None) -> Report:
+    def of(
+        cls,
+        program: Program,
+        equivalence: Equivalence | None = None,
+        witness: Witness | None = None,
+    ) -> Report:
         """The report of a program."""
         passes: dict[str, PassReport] = {}
         for report in program.reports:
@@ -55,6 +63,7 @@ class Report:
             sum(p.numel() for p in program.parameters()),
             tuple(program.formulas),
             program.signature.outputs,
+            witness,
         )
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -64,6 +73,8 @@ class Report:
         yield from self._refusals()
         if self.equivalence is not None:
             yield self._proved(self.equivalence)
+        if self.witness is not None and self.witness.checked:
+            yield self._witnessed(self.witness)
 
     def __str__(self) -> str:
         console = Console(width=WIDTH, force_terminal=False, force_jupyter=False, color_system=None)
@@ -140,6 +151,15 @@ class Report:
             table.add_row("folded", rounding)
         for shifted in self._shifts():
             table.add_row(*_cells("moved", shifted))
+        return table
+
+    def _witnessed(self, witness: Witness) -> Table:
+        table = Table(title="structure", title_justify="left", box=None)
+        table.add_column(style="dim")
+        table.add_column(overflow="fold")
+        table.add_row("held against numbers", f"{witness.checked:,} claims")
+        for name, reason in list(witness.demoted.items())[:MOST]:
+            table.add_row(*_cells(f"no {name}", reason))
         return table
 
     def _shifts(self) -> Iterator[str]:

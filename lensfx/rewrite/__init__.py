@@ -1,5 +1,7 @@
 """Patterns, rules, passes and the pipeline that runs them."""
 
+from lensfx.rewrite import attention
+from lensfx.rewrite.attention import Lowered, Lowering, lowered
 from lensfx.rewrite.edit import At, Edit
 from lensfx.rewrite.fold import fold
 from lensfx.rewrite.match import Match, Miss, match
@@ -24,6 +26,8 @@ __all__ = [
     "Const",
     "Edit",
     "EveryReader",
+    "Lowered",
+    "Lowering",
     "Match",
     "Maybe",
     "Miss",
@@ -38,6 +42,8 @@ __all__ = [
     "Rule",
     "Sites",
     "Through",
+    "attention",
     "fold",
+    "lowered",
     "match",
 ]

@@ -63,7 +63,12 @@ class Axes:
         if not self._ids:
             return None
         name = name if name in self._names.places else name.removesuffix("_grad")
-        shape = [str(size) for size in shape_of(self._names.places[name].node) or ()]
+        at = self._names.places[name]
+        if name in self._names.canonical and (at.part or at.layout.order):
+            # Hooks that see other axes than the graph has see the canonical ones.
+            scores = name.endswith(("hook_attn_scores", "hook_pattern"))
+            return 2 * place if scores else place
+        shape = [str(size) for size in shape_of(at.node) or ()]
         size = self._ids[place]
         if size.isdigit():
             # The same number may stand for something else: believe it only where names have axes.

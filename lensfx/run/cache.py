@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
-from lensfx.errors import UnknownNameError
+from lensfx.errors import LensError, UnknownNameError
+from lensfx.run.analyses import Analyses, Rows, SliceInput, Through, Wanted, sliced, stacked
 from lensfx.run.names import nearest
+from lensfx.run.weights import ByRole
 
 __all__ = ["ActivationCache"]
 
@@ -37,9 +39,17 @@ class ActivationCache(Mapping[str, torch.Tensor]):
     the readers read, after every hook.
     """
 
-    def __init__(self, values: Mapping[str, torch.Tensor], names: Sequence[str]) -> None:
+    def __init__(
+        self,
+        values: Mapping[str, torch.Tensor],
+        names: Sequence[str],
+        lens: ByRole | None = None,
+        has_batch_dim: bool = True,
+    ) -> None:
         self._values = dict(values)
         self._names = tuple(names)
+        self._lens = lens
+        self.has_batch_dim = has_batch_dim
 
     @cached_property
     def n_layers(self) -> int:
@@ -90,7 +100,233 @@ class ActivationCache(Mapping[str, torch.Tensor]):
 
     def to(self, device: torch.device | str) -> ActivationCache:
         """The same cache with every value on `device`."""
-        return ActivationCache({k: v.to(device) for k, v in self._values.items()}, self._names)
+        return self._like({k: v.to(device) for k, v in self._values.items()}, self.has_batch_dim)
+
+    def _like(self, values: Mapping[str, torch.Tensor], has_batch_dim: bool) -> ActivationCache:
+        return ActivationCache(values, self._names, self._lens, has_batch_dim)
+
+    @property
+    def _analyses(self) -> Analyses:
+        if self._lens is None:
+            raise LensError(
+                "this cache knows no model, so it cannot be analysed",
+                hint="take the cache that lens.run_with_cache returns",
+            )
+        return Analyses(self, self._lens, self.has_batch_dim)
+
+    def accumulated_resid(
+        self,
+        layer: int | None = None,
+        incl_mid: bool = False,
+        apply_ln: bool = False,
+        pos_slice: SliceInput = None,
+        mlp_input: bool = False,
+        return_labels: bool = False,
+    ) -> Any:
+        """The stream ahead of every layer up to `layer`, `[row, ..., d_model]`.
+
+        `apply_ln` puts each row through the final norm, by its own mean and size: with `@ W_U +
+        b_U` behind it this is the logit lens. `mlp_input` adds the stream ahead of that layer's
+        MLP, `incl_mid` ahead of every MLP; where attention and MLP are parallel that is no value
+        of its own. `return_labels` gives `(stack, labels)`.
+        """
+        at = self._analyses
+        rows = at.accumulated(layer, incl_mid, mlp_input, pos_slice)
+        if apply_ln:
+            final = at.final_norm()
+            rows = [(label, value if final is None else final(value)) for label, value in rows]
+        return stacked(rows, return_labels)
+
+    def decompose_resid(
+        self,
+        layer: int | None = None,
+        mlp_input: bool = False,
+        mode: str = "all",
+        apply_ln: bool = False,
+        pos_slice: SliceInput = None,
+        incl_embeds: bool = True,
+        return_labels: bool = False,
+    ) -> Any:
+        """What the stream ahead of `layer` is the sum of, `[row, ..., d_model]`.
+
+        `apply_ln` is `apply_ln_to_stack` for that layer.
+
+        Raises: LensError where the stream of this model is no such sum.
+        """
+        rows = self._analyses.decomposed(layer, mlp_input, mode, incl_embeds, pos_slice)
+        return self._normed(rows, layer, mlp_input, apply_ln, pos_slice, return_labels)
+
+    def apply_ln_to_stack(
+        self,
+        residual_stack: torch.Tensor,
+        layer: int | None = None,
+        mlp_input: bool = False,
+        pos_slice: SliceInput = None,
+        batch_slice: SliceInput = None,
+        has_batch_dim: bool = True,
+        recompute_ln: bool = False,
+    ) -> torch.Tensor:
+        """What each row of a stack is of the norm's result by which `layer` reads the stream.
+
+        It is centred, divided by the divisor of the run and multiplied by the gain, so that rows
+        that sum to the stream give rows that sum to the norm's result less its bias. The slices
+        are those the stack was made with. `recompute_ln` is the whole final norm of each row.
+        """
+        at = self._analyses
+        if has_batch_dim and self.has_batch_dim:
+            residual_stack = sliced(residual_stack, batch_slice, 1)
+        final = at.final_norm() if recompute_ln and at.is_last(layer) else None
+        if final is not None:
+            return final(residual_stack)
+        return at.through(layer, mlp_input, pos_slice, batch_slice).stack(residual_stack)
+
+    def logit_attrs(
+        self,
+        residual_stack: torch.Tensor,
+        tokens: Any,
+        incorrect_tokens: Any = None,
+        pos_slice: SliceInput = None,
+        batch_slice: SliceInput = None,
+        has_batch_dim: bool = True,
+        before_cap: bool = False,
+    ) -> torch.Tensor:
+        """What each row of a stack adds to the logits of `tokens`, `[row, ...]`.
+
+        Less what it adds to those of `incorrect_tokens`, if given. Tokens are a string, a number,
+        or a tensor of the shape of the batch or of batch and positions.
+
+        Raises: LensError if the logits are capped, unless `before_cap` asks for what is capped.
+        """
+        at = self._analyses
+        single = getattr(self._lens, "to_single_token", int)
+        directions = at.directions(tokens, incorrect_tokens, single)
+        stack = self.apply_ln_to_stack(
+            residual_stack,
+            pos_slice=pos_slice,
+            batch_slice=batch_slice,
+            has_batch_dim=has_batch_dim,
+        )
+        return at.attributed(stack, directions, before_cap)
+
+    def stack_head_results(
+        self,
+        layer: int | None = -1,
+        return_labels: bool = False,
+        incl_remainder: bool = False,
+        pos_slice: SliceInput = None,
+        apply_ln: bool = False,
+    ) -> Any:
+        """What every head ahead of `layer` adds to the stream, `[head, ..., d_model]`.
+
+        `incl_remainder` adds a row for the rest of the stream. Biases belong to no head.
+
+        Raises: LensError where the stream is no sum of them.
+        """
+        at, last, parts = self._analyses, self._layer(layer), Wanted(pos_slice)
+        at.sum.check(last)
+        rows = at.heads(last, False, parts)
+        if incl_remainder:
+            rows.append(("remainder", at.rest(last, rows, parts)))
+        return self._normed(rows, last, False, apply_ln, pos_slice, return_labels)
+
+    def compute_head_results(self) -> None:
+        """Add `hook_result` of every attention to the cache: what its heads add to the stream."""
+        at = self._analyses
+        for addend in at.sum.addends(self._layer(None)):
+            name = at.sum.name(addend.block, "attn.hook_result")
+            if addend.short == "attn" and name not in self._values:
+                self._values[name] = at.per_head(addend, Wanted())
+
+    def get_neuron_results(
+        self,
+        layer: int,
+        neuron_slice: SliceInput = None,
+        pos_slice: SliceInput = None,
+        project_output_onto: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """What each neuron of one layer adds to the stream, `[..., neuron, d_model]`.
+
+        `project_output_onto`, `[d_model]` or `[d_model, n]`, is multiplied on first.
+        """
+        at = self._analyses
+        addend = at.mlp(layer % max(self.n_layers, 1))
+        parts = Through().parts(pos_slice, project_output_onto)
+        return parts.shown(at.per_neuron(addend, neuron_slice, parts))
+
+    def stack_neuron_results(
+        self,
+        layer: int | None,
+        pos_slice: SliceInput = None,
+        neuron_slice: SliceInput = None,
+        return_labels: bool = False,
+        incl_remainder: bool = False,
+        apply_ln: bool = False,
+        project_output_onto: torch.Tensor | None = None,
+    ) -> Any:
+        """What every neuron ahead of `layer` adds to the stream, `[neuron, ..., d_model]`."""
+        at, last = self._analyses, self._layer(layer)
+        at.sum.check(last)
+        through = at.through(last, False, pos_slice, None) if apply_ln else Through()
+        parts = through.parts(pos_slice, project_output_onto)
+        rows = at.neurons(last, neuron_slice, parts)
+        if incl_remainder:
+            rows.append(("remainder", at.rest(last, rows, parts)))
+        return through.finished(rows, parts, return_labels)
+
+    def get_full_resid_decomposition(
+        self,
+        layer: int | None = None,
+        mlp_input: bool = False,
+        expand_neurons: bool = True,
+        apply_ln: bool = False,
+        pos_slice: SliceInput = None,
+        return_labels: bool = False,
+        project_output_onto: torch.Tensor | None = None,
+    ) -> Any:
+        """The stream ahead of `layer` as heads, neurons or MLPs, embeddings, and biases."""
+        at, last = self._analyses, self._layer(layer)
+        through = at.through(last, mlp_input, pos_slice, None) if apply_ln else Through()
+        parts = through.parts(pos_slice, project_output_onto)
+        rows = at.full(last, mlp_input, expand_neurons, parts)
+        return through.finished(rows, parts, return_labels)
+
+    def stack_activation(
+        self, activation_name: str, layer: int | None = -1, sublayer_type: str | None = None
+    ) -> torch.Tensor:
+        """One value of every layer ahead of `layer`, `[layer, ...]`."""
+        count = self.n_layers if layer in (None, -1) else layer
+        key = (activation_name, sublayer_type)
+        return torch.stack([self[(key[0], i, *key[1:])] for i in range(count or 0)])
+
+    def apply_slice_to_batch_dim(self, batch_slice: SliceInput) -> ActivationCache:
+        """The hook points of the cache for some rows of the batch; a number drops the axis.
+
+        Values of operators are left out: which axis of theirs is the batch is not known here.
+
+        Raises: LensError if the batch axis is gone.
+        """
+        if not self.has_batch_dim:
+            raise LensError("this cache has no batch axis to slice", hint="remove_batch_dim=False")
+        points = {k: v for k, v in self._values.items() if ".hook_" in f".{k}"}
+        values = {k: sliced(v, batch_slice, 0) for k, v in points.items()}
+        return self._like(values, not isinstance(batch_slice, int))
+
+    def _layer(self, layer: int | None) -> int:
+        return self._analyses.layer(layer)
+
+    def _normed(
+        self,
+        rows: Rows,
+        layer: int | None,
+        mlp_input: bool,
+        apply_ln: bool,
+        pos_slice: SliceInput,
+        labels: bool,
+    ) -> Any:
+        if apply_ln:
+            through = self._analyses.through(layer, mlp_input, pos_slice, None)
+            rows = [(label, through.stack(value)) for label, value in rows]
+        return stacked(rows, labels)
 
     def __repr__(self) -> str:
         shown = ", ".join([*list(self)[:6], *(["..."] if len(self) > 6 else [])])

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import networkx as nx
 import torch
 from torch import fx, nn
 
-from lensfx.errors import GuardError, HookError, LensError
+from lensfx.analysis import Structure, component_graph
 from lensfx.graph.choice import OtherPathError
 from lensfx.graph.mode import Mode, plain
 from lensfx.graph.network import to_networkx
@@ -20,19 +20,22 @@ from lensfx.graph.opaque import OpaqueError
 from lensfx.graph.program import Program
 from lensfx.report.report import Report
 from lensfx.run.cache import ActivationCache
-from lensfx.run.hooks import HookFunction, HookPoint
+from lensfx.run.hooks import HookFunction
 from lensfx.run.module import as_module
 from lensfx.run.names import NameFilter
+from lensfx.run.protocol import Protocol
+from lensfx.run.reading import collector, kept, path_changed, scalar, stop_name
 from lensfx.run.registry import Registry, pairs
 from lensfx.run.specialise import Request
 from lensfx.run.variants import Variant, Variants
 
 __all__ = ["Lens"]
 
+T = TypeVar("T")
 Hooks = Sequence[tuple[NameFilter, HookFunction]]
 
 
-class Lens:
+class Lens(Protocol):
     """A wrapped model: call it as the model, read and edit any value by its hook name.
 
     `program` is the rewritten graph, `report` what the passes did and how equal the result is.
@@ -50,9 +53,12 @@ class Lens:
     def __deepcopy__(self, memo: dict[int, Any]) -> Lens:
         """A lens of a copy of the model, with parameters of its own and no hooks."""
         if self.program.origin is None:
-            return Lens(copy.deepcopy(self.program, memo), self.report)
-        copied = self._variants.copied()
-        return Lens(copied.program, copied.report)
+            lens = Lens(copy.deepcopy(self.program, memo), self.report)
+        else:
+            copied = self._variants.copied()
+            lens = Lens(copied.program, copied.report)
+        lens.tokenizer = self.tokenizer
+        return lens
 
     @property
     def program(self) -> Program:
@@ -65,6 +71,11 @@ class Lens:
         return tuple(v.program for v in self._variants.all)
 
     @property
+    def structure(self) -> Structure:
+        """The stream, blocks, attention, MLPs and embeddings found; prints as a tree."""
+        return self._variants.main.structure
+
+    @property
     def report(self) -> Report:
         """What capture and the passes did, for the call that was wrapped."""
         return self._variants.main.report
@@ -73,16 +84,11 @@ class Lens:
         """What the model returns on this call, of the same type, under the hooks now attached.
 
         A call that is off the captured path is captured too, with the same passes and the same
-        folded weights. Raises: GuardError if the model does not take the call, or if a hook
+        folded weights. Hooks before a module that stays opaque are called again where it does
+        what it never did. Raises: GuardError if the model does not take the call, or if a hook
         changes a value that decides the path.
         """
-        variant, tensors = self._chosen(args, kwargs)
-        try:
-            return self._run(variant, tensors, (), None)[0]
-        except OpaqueError:
-            mode = Mode.ambient(self.training)
-            variant, tensors = self._variants.anew(args, kwargs, mode)
-            return self._run(variant, tensors, (), None)[0]
+        return self._answered(args, kwargs, lambda v, t: self._run(v, t, (), None)[0])
 
     @property
     def hook_names(self) -> list[str]:
@@ -110,27 +116,28 @@ class Lens:
 
         Raises: UnknownNameError, and LensError where a value lies behind the stop.
         """
-        stop = self._stop(stop_at_layer)
+        stop = stop_name(self.structure, self._names, stop_at_layer)
         self._names.resolve(names_filter)
-        variant, tensors = self._chosen(args, kwargs)
-        names = _kept(variant, names_filter, stop)
-        if names_filter is not None and not callable(names_filter):
-            for name in names:
-                self._variants.check_name(variant, name)
-        grads: dict[str, torch.Tensor] = {}
-        keep_grads = _collector(variant, names, grads) if incl_bwd else {}
-        out, values = self._run(variant, tensors, tuple(names), stop, keep_grads)
+
+        def run(
+            variant: Variant, tensors: list[torch.Tensor]
+        ) -> tuple[Variant, Any, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+            return variant, *self._read(variant, tensors, names_filter, stop, incl_bwd)
+
+        variant, out, values, grads = self._answered(args, kwargs, run)
         if incl_bwd:
-            _scalar(out).backward()
-        kept = {name: value.detach() for name, value in zip(names, values, strict=True)}
-        kept |= {f"{name}_grad": grads[name] for name in names if name in grads}
+            scalar(out).backward()
+        found = {name: value.detach() for name, value in values.items()}
+        found |= {f"{name}_grad": grads[name] for name in values if name in grads}
         if pos_slice is not None:
-            kept = {k: variant.axes.slice_positions(k, v, pos_slice) for k, v in kept.items()}
+            found = {k: variant.axes.slice_positions(k, v, pos_slice) for k, v in found.items()}
         if remove_batch_dim:
-            kept = {k: variant.axes.drop_batch(k, v) for k, v in kept.items()}
+            found = {k: variant.axes.drop_batch(k, v) for k, v in found.items()}
         if device is not None:
-            kept = {k: v.to(device) for k, v in kept.items()}
-        return out, ActivationCache(kept, variant.names.all) if return_cache_object else kept
+            found = {k: v.to(device) for k, v in found.items()}
+        if not return_cache_object:
+            return out, found
+        return out, ActivationCache(found, variant.names.all, self, not remove_batch_dim)
 
     def run_with_hooks(
         self,
@@ -206,13 +213,17 @@ class Lens:
         return as_module(self.program)
 
     def to_networkx(self, component: str = "ops") -> nx.MultiDiGraph:
-        """The computation as a directed multigraph, one node a value.
+        """The computation as a directed multigraph: one node a value, or one a component.
 
-        Raises: LensError for a component that is not there.
+        `component="heads"` has a node for each head, MLP and embedding and an edge for each read
+        of the residual stream, with `read` one of q, k, v, mlp, mixer, unembed; `"blocks"` has a
+        node for each block.
+
+        Raises: LensError for a component that is not there, or if the structure is not known.
         """
-        if component != "ops":
-            raise LensError(f"there is no component graph of {component!r}", hint="component='ops'")
-        return to_networkx(self.program)
+        if component == "ops":
+            return to_networkx(self.program)
+        return component_graph(self.program, component, self._names.canonical)
 
     def train(self, mode: bool = True) -> Lens:
         """Run as the model does in training mode from now on; the lens itself.
@@ -264,10 +275,38 @@ class Lens:
             f"{len(names.all) - len(names.canonical)} native hook points)"
         )
 
-    def _chosen(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[Variant, list[torch.Tensor]]:
-        return self._variants.pick(args, kwargs, Mode.ambient(self.training))
+    def _answered(
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        run: Callable[[Variant, list[torch.Tensor]], T],
+    ) -> T:
+        """What `run` makes of a call; on a new capture of it where an opaque module refuses it."""
+        mode = Mode.ambient(self.training)
+        variant, tensors = self._variants.pick(args, kwargs, mode)
+        try:
+            with variant.undone_if_refused(tensors):
+                return run(variant, tensors)
+        except OpaqueError:
+            return run(*self._variants.anew(args, kwargs, mode))
+
+    def _read(
+        self,
+        variant: Variant,
+        tensors: list[torch.Tensor],
+        wanted: NameFilter,
+        stop: str | None,
+        with_grads: bool,
+    ) -> tuple[Any, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """The result, the values by name, and where gradients will be put."""
+        names = kept(variant, wanted, stop)
+        if wanted is not None and not callable(wanted):
+            for name in names:
+                self._variants.check_name(variant, name)
+        grads: dict[str, torch.Tensor] = {}
+        collect = collector(variant, names, grads) if with_grads else {}
+        out, values = self._run(variant, tensors, tuple(names), stop, collect)
+        return out, dict(zip(names, values, strict=True)), grads
 
     def _run(
         self,
@@ -278,7 +317,6 @@ class Lens:
         grads: Mapping[str, HookFunction] | None = None,
     ) -> tuple[Any, tuple[torch.Tensor, ...]]:
         variant.program.check_runnable()
-        variant.sources.follow()
         active = self._hooks.active(grads or {})
         edited = frozenset(active.forward) | frozenset(active.backward) | frozenset(active.collect)
         places = variant.names.places
@@ -292,67 +330,8 @@ class Lens:
             with plain():
                 flat = run(tensors, active)
         except OtherPathError as error:
-            raise GuardError(
-                f"a hook changes the path: what decides it is {error.value!r} under these hooks",
-                at=error.site,
-                hint="edit behind that line, or pass an input that takes the other path",
-            ) from None
+            raise path_changed(error, not edited.isdisjoint(active.forward)) from None
         results, values = flat[: run.results], flat[run.results :]
         if stop is not None:
             return results[0], values
         return variant.program.signature.unflatten(list(results)), values
-
-    def _stop(self, layer: int | None) -> str | None:
-        if layer is None:
-            return None
-        blocks = [n for n in self._names.canonical if n.endswith(".hook_resid_pre")]
-        if not blocks:
-            raise LensError(
-                "stop_at_layer needs a residual stream, and none was found in this model",
-                hint="look at lens.report for where the search ended",
-            )
-        count = len(blocks)
-        index = layer + count if layer < 0 else layer
-        if not 0 <= index <= count:
-            raise LensError(f"stop_at_layer={layer}, but there are {count} blocks")
-        if index == count:
-            return f"blocks.{count - 1}.hook_resid_post"
-        return f"blocks.{index}.hook_resid_pre"
-
-
-def _kept(variant: Variant, wanted: NameFilter, stop: str | None) -> list[str]:
-    names = variant.names.resolve(wanted)
-    if stop is None:
-        return names
-    upstream = variant.runs.upstream(stop)
-    inside = [n for n in names if variant.names.places[n].node in upstream]
-    explicit = wanted is not None and not callable(wanted)
-    if explicit and len(inside) < len(names):
-        late = next(n for n in names if n not in inside)
-        raise LensError(
-            f"{late} is not computed before {stop}, where this run stops",
-            hint="ask for a later stop_at_layer, or for names before it",
-        )
-    return inside
-
-
-def _collector(
-    variant: Variant, names: Sequence[str], grads: dict[str, torch.Tensor]
-) -> dict[str, HookFunction]:
-    def collect(grad: torch.Tensor, hook: HookPoint) -> None:
-        # A leaf behind the value may keep this very tensor as its `grad` and add to it later.
-        grads[hook.name] = grad.detach().clone()
-
-    live = variant.runs.upstream_of_outputs()
-    return {n: collect for n in names if variant.names.places[n].node in live}
-
-
-def _scalar(out: Any) -> torch.Tensor:
-    flat = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
-    scalars = [t for t in flat if t.ndim == 0 and t.requires_grad]
-    if len(scalars) != 1:
-        raise HookError(
-            f"incl_bwd needs one scalar result to start from; this call has {len(scalars)}",
-            hint="call with labels or targets so that the model returns a loss",
-        )
-    return scalars[0]

@@ -3,52 +3,70 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
+from lensfx.analysis import Point
 from lensfx.errors import UnknownNameError
+from lensfx.graph.layout import PLAIN, Layout, shown_shape
 from lensfx.graph.names import native_name
-from lensfx.graph.node import is_op, is_weight, value_of
-from lensfx.graph.ops import is_hook
+from lensfx.graph.node import is_weight, shape_of, value_of
+from lensfx.graph.ops import hook_layout, is_hook
 from lensfx.graph.program import Program
 
 __all__ = ["NameFilter", "Names", "Place"]
 
-aten = torch.ops.aten
-
 NameFilter = str | Sequence[str] | Callable[[str], bool] | None
-_NORMALIZED = "hook_normalized"
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a name is read and edited: a node, or the divisor of the norm that a node is."""
+    """Where a name is read and edited: a node, or a part of what it computes.
+
+    `layout` is how hooks see the value, `point` what the structure says of a part.
+    """
 
     node: fx.Node
-    is_scale: bool = False
+    part: str = ""
+    layout: Layout = PLAIN
+    point: Point | None = None
+
+    @property
+    def shape(self) -> tuple[Any, ...] | None:
+        """The sizes of the node's value as hooks see it; None for a part, which has others."""
+        shape = shape_of(self.node)
+        return None if self.part or shape is None else shown_shape(shape, self.layout)
 
 
 class Names:
-    """The hook names of a program: canonical ones first, then one native name per operator."""
+    """The hook names of a program: canonical ones first, then one native name per operator.
 
-    def __init__(self, program: Program) -> None:
-        canonical: dict[str, Place] = {}
+    The canonical ones are those of the hook points in its graph, and of parts of values at the
+    `points` of its structure, which have none; `without` are names that numbers contradict.
+    """
+
+    def __init__(
+        self, program: Program, points: Iterable[Point] = (), without: Collection[str] = ()
+    ) -> None:
+        found: list[tuple[fx.Node, str, Place]] = []
         native: dict[str, Place] = {}
         for node in program.graph.nodes:
             if node.op != "call_function" or not isinstance(value_of(node), torch.Tensor):
                 continue
             if is_hook(node):
-                name, source = str(node.args[1]), node.args[0]
-                if name.endswith(_NORMALIZED) and _is_whole_norm(source):
-                    assert isinstance(source, fx.Node)
-                    scale = name.removesuffix(_NORMALIZED) + "hook_scale"
-                    canonical[scale] = Place(source, is_scale=True)
-                canonical[name] = Place(node)
+                found.append((node, str(node.args[1]), Place(node, layout=hook_layout(node))))
             elif native_name(node) and not is_weight(node):
                 native[native_name(node)] = Place(node)
+        if found:
+            # Parts of a norm come before it, and of two at one node the later in a run is first.
+            parts = [p for p in points if p.part]
+            found += [(p.node, p.name, Place(p.node, p.part, p.layout, p)) for p in parts[::-1]]
+            found.sort(key=lambda entry: entry[0])
+        canonical = {name: place for _, name, place in found if name not in without}
         self.canonical = tuple(canonical)
         self.places = {**native, **canonical}
         self.all = (*canonical, *(n for n in native if n not in canonical))
@@ -85,7 +103,3 @@ class Names:
 def nearest(name: str, known: Iterable[str], count: int = 4) -> list[str]:
     """The known names most like `name`, best first."""
     return difflib.get_close_matches(name, list(known), n=count, cutoff=0.4)
-
-
-def _is_whole_norm(node: object) -> bool:
-    return is_op(node, aten.layer_norm.default, aten.rms_norm.default)

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 
 import torch
 
+from lensfx.graph.node import outputs_of
 from lensfx.graph.program import Program
 from lensfx.rewrite.blocks import evaluate
 
-__all__ = ["FoldedSources"]
+__all__ = ["FoldedSources", "callers_level"]
+
+
+def callers_level() -> int:
+    """The `stacklevel` with which a warning points at the line that called lensfx."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and _is_own(frame.f_globals.get("__name__", "")):
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+def _is_own(module: str) -> bool:
+    return module.partition(".")[0] in ("lensfx", "contextlib", "torch")
 
 
 class FoldedSources:
@@ -55,12 +69,12 @@ class FoldedSources:
                     f"{changed} was changed in place, and so was {name}, which was "
                     "folded from it: the lens keeps the folded value, so it is no longer this "
                     "model. Train the parameters of the lens or those of the model, not both",
-                    stacklevel=4,
+                    stacklevel=callers_level(),
                 )
                 continue
             tensor, formula = self._program.tensors[name], self._program.formulas[name]
-            root = formula.graph.output_node().args[0][0]  # type: ignore[index]
-            value = evaluate(root, lambda n: self._base.tensors[str(n.target)], tensor.dtype)  # type: ignore[arg-type]
+            (root,) = outputs_of(formula.graph)
+            value = evaluate(root, lambda n: self._base.tensors[str(n.target)], tensor.dtype)
             with torch.no_grad():
                 tensor.copy_(value)
             self._own[id(tensor)] = tensor._version

@@ -12,11 +12,13 @@ from torch import fx
 
 from lensfx.graph.choice import is_choice
 from lensfx.graph.compiled import closure, compiled
-from lensfx.graph.node import argument, is_op
+from lensfx.graph.layout import show, store
+from lensfx.graph.node import outputs_of
 from lensfx.graph.ops import is_hook, is_impure
 from lensfx.graph.program import Program
 from lensfx.run.hooks import Active, visit
 from lensfx.run.names import Names, Place
+from lensfx.run.parts import Parts
 
 __all__ = ["Request", "Run", "Specialiser"]
 
@@ -84,7 +86,12 @@ class _Derivation:
         wanted = (*request.keep, *sorted(request.edit))
         self.at: dict[fx.Node, list[str]] = {}
         for name in dict.fromkeys(wanted):
-            self.at.setdefault(names.places[name].node, []).append(name)
+            place = names.places[name]
+            self.at.setdefault(place.node, []).append(name)
+            if place.point is not None and name in request.edit:
+                for other in place.point.also:
+                    self.at.setdefault(other.node, []).append(name)
+        self.parts = Parts(self.graph, self.env, request.edit, self._changed, self._visit)
 
     def run(self) -> Run:
         results = self._results()
@@ -101,6 +108,9 @@ class _Derivation:
             if node in needed and node.op == "call_function":
                 self.env[node] = self._copy(node)
         out = [self.env[r] if isinstance(r, fx.Node) else r for r in results]
+        if self.request.stop is not None:
+            # The stream as its hooks see it.
+            out = [show(self._call, out[0], self.names.places[self.request.stop].layout)]
         out += [self._kept(name) for name in self.request.keep]
         self.graph.output(tuple(out))
         tensors = tuple(self.program.tensors[name] for name in self.weights)
@@ -109,9 +119,8 @@ class _Derivation:
 
     def _results(self) -> list[Any]:
         if self.request.stop is not None:
-            place = self.names.places[self.request.stop]
-            return [place.node]
-        return list(self.program.graph.output_node().args[0])  # type: ignore[arg-type]
+            return [self.names.places[self.request.stop].node]
+        return outputs_of(self.program.graph)
 
     def _kept(self, name: str) -> fx.Node:
         value = self.values[name]
@@ -133,18 +142,37 @@ class _Derivation:
         self.active = self.graph.placeholder("lensfx_active")
 
     def _copy(self, node: fx.Node) -> fx.Node:
-        # The divisor comes before the norm's result, whichever was asked for first.
-        names = sorted(self.at.get(node, []), key=lambda n: not self.names.places[n].is_scale)
+        """The node in the run's graph, and what its readers read once its names were visited."""
         if is_hook(node):
             source = node.args[0]
             assert isinstance(source, fx.Node)
             value = self.env[source]
         else:
             value = self.graph.node_copy(node, lambda n: self.env[n])
-        for name in names:
-            place = self.names.places[name]
-            value = self._scale(place, value, name) if place.is_scale else self._visit(value, name)
+        named = [(name, self.names.places[name]) for name in self.at.get(node, [])]
+        inside = [(name, place) for name, place in named if place.part]
+        if inside:
+            value = self.parts.write(node, value, inside)
+        for name, place in named:
+            if not place.part:
+                value = self._seen(value, name, place)
         return value
+
+    def _seen(self, value: fx.Node, name: str, place: Place) -> fx.Node:
+        """A value that is a node of the graph, after the hooks of a name."""
+        if place.layout.is_plain:
+            return self._visit(value, name)
+        before = show(self._call, value, place.layout)
+        after = self._visit(before, name)
+        if after is before:
+            return value
+        return store(self._call, after, place.layout)
+
+    def _call(self, target: Any, *args: Any) -> fx.Node:
+        return self.graph.call_function(target, args)
+
+    def _changed(self, node: fx.Node) -> bool:
+        return any(name in self.request.edit for name in self.at.get(node, ()))
 
     def _visit(self, value: fx.Node, name: str) -> fx.Node:
         if name in self.request.edit:
@@ -152,50 +180,22 @@ class _Derivation:
         self.values[name] = value
         return value
 
-    def _scale(self, place: Place, normed: fx.Node, name: str) -> fx.Node:
-        norm = place.node
-        source = self.env[argument(norm, "input")]
-        centred = is_op(norm, aten.layer_norm.default)
-        axes = len(argument(norm, "normalized_shape"))
-        eps = argument(norm, "eps")
-        scale = self.graph.call_function(divisor, (source, axes, eps, centred))
-        seen = self._visit(scale, name)
-        if seen is scale:
-            return normed
-        shift = argument(norm, "bias") if centred else None
-        shifted = self.env[shift] if isinstance(shift, fx.Node) else None
-        return self.graph.call_function(rescaled, (normed, scale, seen, shifted))
-
-
-def divisor(x: torch.Tensor, axes: int, eps: float | None, centred: bool) -> torch.Tensor:
-    """What a norm over the last `axes` axes divides by, [batch, pos, 1]."""
-    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    over = tuple(range(-axes, 0))
-    eps = torch.finfo(x.dtype).eps if eps is None else eps
-    # `var` is several times slower than this on a CPU.
-    centre = wide - wide.mean(over, True) if centred else wide
-    return (centre.pow(2).mean(over, True) + eps).sqrt().to(x.dtype)
-
-
-def rescaled(
-    normed: torch.Tensor, scale: torch.Tensor, seen: torch.Tensor, shift: torch.Tensor | None
-) -> torch.Tensor:
-    """A norm's output as if it had divided by `seen`; its very bits where that is `scale`."""
-    moved = normed if shift is None else normed - shift
-    # As a correction, because x / x is exactly 1, and the gradient of `seen` is still right there.
-    return normed + moved * (scale / seen - 1)
-
 
 def _borrows(place: Place) -> bool:
     """Whether the value is memory of a weight or an input: nothing but views lie between."""
+    if place.part not in ("", "input", "shared"):
+        return False
     node: Any = place.node
-    while not place.is_scale and isinstance(node, fx.Node) and node.op == "call_function":
+    if place.part:
+        assert place.point is not None
+        node = place.point.source
+    while isinstance(node, fx.Node) and node.op == "call_function":
         schema = getattr(node.target, "_schema", None)
         views = schema is not None and any(r.alias_info is not None for r in schema.returns)
         if not (views or is_hook(node)):
             return False
         node = node.args[0]
-    return not place.is_scale and isinstance(node, fx.Node)
+    return isinstance(node, fx.Node)
 
 
 def _has_effect(node: fx.Node) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from lensfx.analysis import Structure, structure
 from lensfx.capture import recapture
 from lensfx.capture.untouched import untouched
 from lensfx.errors import CaptureError, GuardError, LensError, UnknownNameError
@@ -20,6 +21,8 @@ from lensfx.graph.compiled import effects_until
 from lensfx.graph.guards import LimitError, SharedMemoryError
 from lensfx.graph.mode import Mode, plain
 from lensfx.graph.node import module_path, source_line
+from lensfx.graph.opaque import OpaqueError, is_opaque, opaque_of
+from lensfx.graph.opaque_call import Call
 from lensfx.graph.ops import is_hook, written_tensors
 from lensfx.graph.program import Program
 from lensfx.graph.threads import one_at_a_time
@@ -27,22 +30,33 @@ from lensfx.report.report import Report
 from lensfx.rewrite.pipeline import Pipeline
 from lensfx.run.axes import Axes
 from lensfx.run.names import Names
-from lensfx.run.sources import FoldedSources
+from lensfx.run.sources import FoldedSources, callers_level
 from lensfx.run.specialise import Specialiser
-from lensfx.verify.prove import Equivalence, prove
+from lensfx.verify.prove import prove
+from lensfx.verify.witness import witnessed
 
-__all__ = ["Variant", "Variants", "proved"]
+__all__ = ["Variant", "Variants", "checked"]
 
 KEPT = 16
 PATHS = 8
 
 
-def proved(program: Program) -> Equivalence:
-    """The proof of a program; modules in it that are run as they stand keep their state."""
+def checked(program: Program) -> Report:
+    """The report of a program with its proof, and its structure held against numbers.
+
+    Modules in it that are run as they stand keep their state.
+    """
+    with _undisturbed(program):
+        return Report.of(program, prove(program), witnessed(program, structure(program)))
+
+
+@contextlib.contextmanager
+def _undisturbed(program: Program) -> Iterator[None]:
     if program.origin is None or not program.source.opaque:
-        return prove(program)
+        yield
+        return
     with untouched(program.origin.model, (), program.mode.training):
-        return prove(program)
+        yield
 
 
 class Variant:
@@ -56,9 +70,15 @@ class Variant:
     ) -> None:
         self.program = program
         self.report = report if report is not None else Report.of(program)
-        self.names = Names(program)
+        demoted = self.report.witness.demoted if self.report.witness is not None else ()
+        self.names = Names(program, self.structure.points, demoted)
         self.runs = Specialiser(program, self.names)
         self.sources = FoldedSources(program, own)
+
+    @cached_property
+    def structure(self) -> Structure:
+        """What the graph of the program shows of the model's structure."""
+        return structure(self.program)
 
     @cached_property
     def axes(self) -> Axes:
@@ -73,8 +93,25 @@ class Variant:
         if self._path is None:
             return
         forward, weights = self._path
-        with torch.no_grad(), plain(), self._unchanged():
-            forward(None, *tensors, *(self.program.tensors[w] for w in weights))
+        back = self._noted(tensors)
+        try:
+            with torch.no_grad(), plain():
+                forward(None, *tensors, *(self.program.tensors[w] for w in weights))
+        finally:
+            back()
+
+    @contextlib.contextmanager
+    def undone_if_refused(self, tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+        """Where an opaque module refuses a call inside, the call leaves no trace."""
+        if not self._calls:
+            yield
+            return
+        back = self._noted(tensors)
+        try:
+            yield
+        except OpaqueError:
+            back()
+            raise
 
     @cached_property
     def _path(self) -> Any:
@@ -82,22 +119,36 @@ class Variant:
         found = choices(self.program.graph)
         return effects_until(self.program.graph, found[-1]) if found else None
 
-    @contextlib.contextmanager
-    def _unchanged(self) -> Iterator[None]:
-        """Put back the random state and whatever the graph writes to."""
+    def _noted(self, tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
+        """A function that puts random states and whatever the graph changes back as they are."""
+        # A graph writes to its inputs at its end only.
         kept = [(t, t.detach().clone()) for t in self._written]
-        devices = {t.device for t in self.program.tensors.values() if t.device.type == "cuda"}
-        try:
-            with torch.random.fork_rng(devices=list(devices)):
-                yield
-        finally:
+        everything = [*tensors, *self.program.tensors.values()]
+        devices = {t.device for t in everything if t.device.type == "cuda"}
+        state = torch.get_rng_state()
+        states = [(torch.cuda.get_rng_state(d), d) for d in devices]
+        inner = [call.noted(everything) for call in self._calls]
+
+        def back() -> None:
+            torch.set_rng_state(state)
+            for state_there, device in states:
+                torch.cuda.set_rng_state(state_there, device)
+            for put_back in inner:
+                put_back()
             for tensor, value in kept:
                 tensor.detach().copy_(value)
+
+        return back
 
     @cached_property
     def _written(self) -> list[torch.Tensor]:
         names = written_tensors(self.program.graph)
         return [self.program.tensors[name] for name in names]
+
+    @cached_property
+    def _calls(self) -> list[Call]:
+        nodes = filter(is_opaque, self.program.graph.nodes)
+        return [opaque_of(str(n.args[0])).call for n in nodes]
 
 
 class Variants:
@@ -112,8 +163,8 @@ class Variants:
 
     @property
     def all(self) -> tuple[Variant, ...]:
-        """Every variant, the first one first."""
-        return tuple(self._all)
+        """Every variant, the first one first, then those not used for longest."""
+        return (self.main, *(v for v in self._all if v is not self.main))
 
     @one_at_a_time
     def pick(self, args: tuple[Any, ...], kwargs: Any, mode: Mode) -> tuple[Variant, Any]:
@@ -130,6 +181,8 @@ class Variants:
             try:
                 tensors = program.signature.bind(args, kwargs)
                 program.guards.check(tensors)
+                # Folded weights may decide the path.
+                variant.sources.follow()
                 variant.takes(tensors)
             except SharedMemoryError:
                 raise
@@ -189,7 +242,7 @@ class Variants:
     def _proved(self, program: Program) -> Report:
         """The report of a new program, with a proof if the first one has one."""
         known = self.main.report.equivalence is not None
-        return Report.of(program, proved(program) if known else None)
+        return checked(program) if known else Report.of(program)
 
     def trained(self, mode: Mode) -> Variant:
         """The variant of a mode for the call that was wrapped, captured now if there is none."""
@@ -291,7 +344,7 @@ class Variants:
             warnings.warn(
                 f"more than {KEPT} kinds of calls have been captured, and old ones are captured "
                 f"again when they come back; the last reason was: {misses[-1].headline}",
-                stacklevel=6,
+                stacklevel=callers_level(),
             )
 
 

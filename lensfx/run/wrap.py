@@ -14,7 +14,7 @@ from lensfx.report.report import Report
 from lensfx.rewrite.pipeline import Pipeline
 from lensfx.rewrite.rule import Pass
 from lensfx.run.lens import Lens
-from lensfx.run.variants import proved
+from lensfx.run.variants import checked
 
 __all__ = ["default_passes", "wrap"]
 
@@ -47,7 +47,8 @@ def wrap(
 
     `passes="default"` brings the graph to canonical form, folds norms and centres the
     unembedding; `None` only inserts hook points, so every value is bitwise the model's; a tuple
-    runs exactly those passes, then inserts hook points. `verify=False` skips the proof. The model
+    runs exactly those passes, then inserts hook points. `verify=False` skips the proof,
+    and the check of the structure against numbers. The model
     is left as it was. The lens reads its very parameters where no pass changed them; a folded
     weight is a new parameter of the lens, so gradients and later changes of the original do not
     meet it.
@@ -60,7 +61,7 @@ def wrap(
     pipeline = Pipeline(_chosen(passes))
     options: dict[str, Any] = {"opaque": opaque, "strict": strict, "cache": cache}
     program = pipeline.run(capture(model, *args, **options, **kwargs))
-    return Lens(program, Report.of(program, proved(program) if verify else None))
+    return Lens(program, checked(program) if verify else Report.of(program))
 
 
 def _chosen(passes: str | Iterable[Pass] | None) -> tuple[Pass, ...]:
