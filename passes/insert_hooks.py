@@ -22,11 +22,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import fx
 
 from lensfx.analysis import Point, Structure, structure, token_tables, unembedding
-from lensfx.graph import Program, argument, arguments, hook_point, is_hook, readers, shape_of
-from lensfx.rewrite import At, Edit, Match, Miss, Pass, Rule, Sites
+from lensfx.graph import Program, argument, arguments, hook_point, is_hook, readers
+from lensfx.rewrite import Edit, Match, Miss, Pass, Rule, Sites
 from lensfx.verify import Observes
 
 aten = torch.ops.aten
@@ -66,33 +65,22 @@ def replace(m: Match, edit: Edit) -> None:
     point: Point = m.point
     told = list(point.only) if point.only is not None else readers(m.root)
     at = edit.after(m.root) if point.like is None else edit.before(told[0])
-    value = m.root if point.rows_of is None else apart(at, m.root, point.rows_of)
+    value = m.root
     if point.like is not None:
         value = at.call(aten.expand_as.default, value, point.like)
     layout = None
-    if not point.layout.is_plain and point.rows_of is None:
+    if not point.layout.is_plain:
         layout = (point.layout.splits, point.layout.order)
     given = (value, point.name) if layout is None else (value, point.name, layout)
     hook = at.call(hook_point, *given)
     # A position table that is a parameter as it stands: a place to edit is no weight to be folded.
     hook.meta["weight"] = False
-    if point.rows_of is not None:
-        hook = at.call(aten.reshape.default, hook, [-1, shape_of(m.root)[-1]])  # type: ignore[index]
     for reader in told:
         if point.like is None:
             at.redirect(reader, m.root, hook)
         else:
             at.set(reader, **{n: hook for n, v in arguments(reader).items() if v is m.root})
     edit.remark(point.name)
-
-
-def apart(at: At, rows: fx.Node, like: fx.Node) -> fx.Node:
-    """Rows with batch and positions in two axes again, as `like` has them."""
-    lead = [
-        size if isinstance(size, int) else at.call(aten.sym_size.int, like, axis)
-        for axis, size in enumerate((shape_of(like) or ())[:2])
-    ]
-    return at.call(aten.reshape.default, rows, [*lead, shape_of(rows)[-1]])  # type: ignore[index]
 
 
 def unless(m: Match) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,13 +12,15 @@ import torch.nn.functional as F
 from models import randomise
 from torch import Tensor, nn
 
+import lensfx
+
 WIDTH, HEADS, HEAD, HIDDEN, VOCAB = 12, 4, 3, 20, 17
 Tap = Callable[[str, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How the attention of a decoder is masked, how its heads are grouped, and which norm it has."""
+    """How attention is masked, how its heads are grouped, and which norm the decoder has."""
 
     mask: str = "causal"
     kv: int = HEADS
@@ -179,3 +182,52 @@ def _heads(block: Block, name: str, h: Tensor, x: Tensor, copies: Tensor) -> Ten
     # The norm itself has hooks of its own: copies are told by how they differ from the stream.
     own = h.unsqueeze(-2) + block.ln1(copies) - block.ln1(x).unsqueeze(-2)
     return torch.einsum("bphe,hde->bphd", own, weight) + bias
+
+
+KINDS = [
+    Kind("causal"),
+    Kind("none"),
+    Kind("bool"),
+    Kind("float"),
+    Kind("least"),
+    Kind("causal", kv=2),
+    Kind("bool", kv=1),
+    Kind("float", kv=2, expand=True),
+    Kind("causal", norm="rms"),
+    Kind("bool", kv=2, norm="hand"),
+]
+PARTS = (
+    "ln1.hook_scale",
+    "ln1.hook_normalized",
+    "ln2.hook_scale",
+    "ln2.hook_normalized",
+    "hook_q_input",
+    "hook_k_input",
+    "hook_v_input",
+    "hook_attn_in",
+    "attn.hook_attn_scores",
+    "attn.hook_pattern",
+    "attn.hook_result",
+)
+
+
+@cache
+def model(kind: Kind) -> Decoder:
+    return decoder(kind)
+
+
+@cache
+def lens(kind: Kind) -> lensfx.Lens:
+    return lensfx.wrap(model(kind), *inputs(2, 6), passes=None, verify=False)
+
+
+def parts(kind: Kind) -> list[str]:
+    found = [f"blocks.{i}.{n}" for i in range(2) for n in PARTS]
+    found += ["ln_final.hook_scale", "ln_final.hook_normalized"]
+    return [n for n in found if kind.kv == HEADS or "attn_in" not in n]
+
+
+def sites(value: Tensor, hook: lensfx.HookPoint) -> Tensor:
+    """A change that differs from entry to entry; what is masked stays so."""
+    steps = 7 * torch.arange(value[0].numel(), dtype=value.dtype) % 17
+    return value * (0.4 + steps / 10).reshape(value.shape[1:]).to(value.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import pickle
 import random
 import sys
@@ -97,6 +98,7 @@ class Call:
     def noted(self, tensors: Sequence[Tensor]) -> Callable[[], None]:
         """A function that puts the module's attributes and all random states back as they are."""
         held = [(m.__dict__, dict(m.__dict__)) for m in self.module.modules()]
+        filled = [(v, copy.copy(v)) for _, old in held for v in old.values() if _is_filled(v)]
         sources = self.sources(tensors)
         state = random_state(sources)
 
@@ -105,6 +107,9 @@ class Call:
             for attributes, old in held:
                 attributes.clear()
                 attributes.update(old)
+            for value, before in filled:
+                value.clear()
+                (value.extend if isinstance(value, list) else value.update)(before)
 
         return back
 
@@ -118,6 +123,11 @@ class Call:
             found += _source_of(torch.cuda.default_generators[device])
         held = (v for m in self.module.modules() for v in m.__dict__.values())
         return [*found, *(pair for v in held for pair in _source_of(v))]
+
+
+def _is_filled(value: Any) -> bool:
+    """Whether an attribute is a plain container that a run may have put something into."""
+    return type(value) in (list, dict, set)
 
 
 def _put(

@@ -277,7 +277,7 @@ class Maps:
             matrix = torch.eye(total, dtype=like.dtype, device=idx.device)
         matrix = columns(matrix, idx.reshape(-1))
         if factor is not None:
-            matrix = matrix * factor.reshape(-1)
+            matrix = matrix * factor.reshape(-1).to(matrix.dtype)
         return Affine(matrix.reshape(*channels, *idx.shape), shift, tuple(idx.shape))
 
 
@@ -342,7 +342,9 @@ def _scaled(maps: Maps, node: fx.Node, source: fx.Node, given: _Value) -> _Value
         if name == "div" and (not first or node.kwargs.get("rounding_mode") is not None):
             raise _in_the_way(node, "divides by a value of the stream")
     wide = given.grown(_shape_with(given.idx, other))
-    factor = torch.ones((), device=given.idx.device) if wide.factor is None else wide.factor
+    # In double precision: a factor in float32 would round the weights of a float64 model.
+    one = torch.ones((), dtype=torch.float64, device=given.idx.device)
+    factor = one if wide.factor is None else wide.factor
     operate = torch.div if name == "div" else torch.mul
     factor = operate(factor, other).expand(wide.idx.shape)
     shift = None if wide.shift is None else operate(wide.shift, other)

@@ -119,7 +119,7 @@ class Analyses:
         if layer == len(self.blocks):
             return self.values[self.sum.name(self.blocks[-1], "hook_resid_post")]
         block = self.blocks[layer]
-        middle = mlp_input and not block.parallel
+        middle = mlp_input and not block.parallel and not self._starts(layer)
         return self.values[self.sum.name(block, f"hook_resid_{'mid' if middle else 'pre'}")]
 
     def accumulated(
@@ -133,10 +133,16 @@ class Analyses:
                 rows.append(("final_post", self.stream(i)))
                 continue
             rows.append((f"{i}_pre", self.stream(i)))
-            middle = (incl_mid and i < last) or (mlp_input and i == last)
+            middle = (incl_mid and i < last) or (mlp_input and i == last and not self._starts(i))
             if middle and self._has_middle(i):
-                rows.append((f"{i}_mid", self.stream(i, True)))
+                name = self.sum.name(self.blocks[i], "hook_resid_mid")
+                rows.append((f"{i}_mid", self.values[name]))
         return [(label, sliced(v, pos_slice, -2)) for label, v in rows]
+
+    def _starts(self, layer: int) -> bool:
+        """Whether the MLP is what a block begins with."""
+        block = self.blocks[layer]
+        return not block.parallel and block.writes[0] is block.mlp_write
 
     def _has_middle(self, layer: int) -> bool:
         block = self.blocks[layer]
@@ -320,7 +326,7 @@ class Analyses:
             return stream.final_norm, "ln_final.hook_scale"
         block = self.blocks[layer]
         mixer = block.attn_write or block.mixer_write
-        write = block.mlp_write if mlp_input else mixer
+        write = block.mlp_write if mlp_input or self._starts(layer) else mixer
         if write is None or write.norm is None:
             return None, ""
         shared = mixer is not None and mixer.norm is write.norm

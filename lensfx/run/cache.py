@@ -17,7 +17,7 @@ from lensfx.run.weights import ByRole
 __all__ = ["ActivationCache"]
 
 
-_LAYER = re.compile(r"blocks\.(\d+)\.(?:\w+\.)?hook_\w+$")
+_LAYER = re.compile(r"(?:decoder_)?blocks\.(\d+)\.(?:\w+\.)?hook_\w+$")
 _ALIASES = {
     "attn": "pattern",
     "attn_logits": "attn_scores",
@@ -87,10 +87,11 @@ class ActivationCache(Mapping[str, torch.Tensor]):
         if layer is None:
             yield from (f"hook_{name}", f"ln_final.hook_{name}")
         elif isinstance(layer, int) and -self.n_layers <= layer < self.n_layers:
-            at = f"blocks.{layer % self.n_layers}"
             given = ("", "attn", "mlp") if part is None else (_PARTS.get(part, part),)
-            for place in given:
-                yield f"{at}.{place}.hook_{name}" if place else f"{at}.hook_{name}"
+            for prefix in ("blocks", "decoder_blocks"):
+                at = f"{prefix}.{layer % self.n_layers}"
+                for place in given:
+                    yield f"{at}.{place}.hook_{name}" if place else f"{at}.hook_{name}"
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
@@ -247,9 +248,13 @@ class ActivationCache(Mapping[str, torch.Tensor]):
         """What each neuron of one layer adds to the stream, `[..., neuron, d_model]`.
 
         `project_output_onto`, `[d_model]` or `[d_model, n]`, is multiplied on first.
+
+        Raises: LensError if there is no such layer, or it has no MLP.
         """
         at = self._analyses
-        addend = at.mlp(layer % max(self.n_layers, 1))
+        if not isinstance(layer, int) or not -self.n_layers <= layer < self.n_layers:
+            raise LensError(f"layer={layer!r}, but there are {self.n_layers} blocks")
+        addend = at.mlp(layer % self.n_layers)
         parts = Through().parts(pos_slice, project_output_onto)
         return parts.shown(at.per_neuron(addend, neuron_slice, parts))
 

@@ -177,11 +177,17 @@ def _tied(program: Program, structure: Structure) -> bool:
 
 
 def _leaves(program: Program, roots: list[fx.Node]) -> set[int]:
-    seen, stack, found = set(roots), list(roots), set()
+    seen, stack = set(roots), list(roots)
+    found: set[int] = set()
     while stack:
         node = stack.pop()
         if node.op == "get_attr":
-            found.add(id(program.tensors[str(node.target)]))
+            # A folded head is still tied to what it was folded from.
+            formula = program.formulas.get(str(node.target))
+            named = formula.sources if formula is not None else (str(node.target),)
+            before = program.unfolded or program
+            held = [before.tensors.get(n, program.tensors.get(n)) for n in named]
+            found.update(id(t) for t in held if t is not None)
         elif node.meta.get("weight"):
             new = [n for n in node.all_input_nodes if n not in seen]
             seen.update(new)

@@ -119,6 +119,8 @@ class FactoredMatrix:
         """A vector times it gives a tensor; a matrix or another one, a factored matrix."""
         if isinstance(other, FactoredMatrix):
             return (self @ other.A) @ other.B
+        if not isinstance(other, torch.Tensor):
+            return NotImplemented
         if other.ndim < 2:
             return (self.A @ (self.B @ other[..., None])).squeeze(-1)
         return FactoredMatrix(self.A, self.B @ other)

@@ -119,9 +119,10 @@ class Unembed:
 
 @dataclass(frozen=True)
 class Table:
-    """An embedding by its table: `W_E` or `W_pos`."""
+    """An embedding by its table: `W_E`, or `W_pos` where `positions`."""
 
     model: ByRole
+    positions: bool = False
 
     @property
     def W_E(self) -> torch.Tensor:
@@ -134,5 +135,5 @@ class Table:
         return self.model.W_pos
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The rows of these tokens, before any scale."""
-        return self.W_E[tokens]
+        """The rows of these tokens, before any scale; of positions, one for each of them."""
+        return self.W_pos[: tokens.shape[-1]] if self.positions else self.W_E[tokens]

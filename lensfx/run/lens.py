@@ -62,7 +62,8 @@ class Lens(Protocol):
 
     @property
     def program(self) -> Program:
-        """The rewritten program of the call that was wrapped."""
+        """The rewritten program of the call that was wrapped, its folded weights up to date."""
+        self._variants.main.sources.follow()
         return self._variants.main.program
 
     @property

@@ -65,7 +65,8 @@ class Names:
             # Parts of a norm come before it, and of two at one node the later in a run is first.
             parts = [p for p in points if p.part]
             found += [(p.node, p.name, Place(p.node, p.part, p.layout, p)) for p in parts[::-1]]
-            found.sort(key=lambda entry: entry[0])
+            # A run writes the parts of a node before it visits the node itself.
+            found.sort(key=lambda entry: (entry[0], not entry[2].part))
         canonical = {name: place for _, name, place in found if name not in without}
         self.canonical = tuple(canonical)
         self.places = {**native, **canonical}

@@ -48,6 +48,9 @@ class Parts:
 
     def write(self, node: fx.Node, value: fx.Node, named: Sequence[tuple[str, Place]]) -> fx.Node:
         """What the node's readers read, once the named parts of it were visited."""
+        for name, place in named:
+            if place.part == "rows":
+                value = self._rows(value, name, place)
         by_part = {place.part: (name, place) for name, place in named}
         for part, write in _WRITERS.items():
             if part in by_part:
@@ -57,6 +60,15 @@ class Parts:
                     pairs = [n for pair in self.met for n in pair]
                     value = self.call(settled, value, made, *pairs)
         return value
+
+    def _rows(self, value: fx.Node, name: str, place: Place) -> fx.Node:
+        """Rows of batch and positions in one axis, shown with the two apart."""
+        like = place.point.rows_of if place.point is not None else None
+        assert like is not None
+        lead = [self.call(aten.sym_size.int, self.env[like], axis) for axis in (0, 1)]
+        apart = self.call(aten.unflatten.int, value, 0, lead)
+        after = self.visit(apart, name)
+        return value if after is apart else self.call(aten.flatten.using_ints, after, 0, 1)
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """A node of the run's graph."""

@@ -53,6 +53,7 @@ class Product:
         scale = None
         if factor is not None:
             scale = factor.expand(idx.shape).permute(order)[lead].reshape(many, -1)
+            scale = scale.to(self.weight.dtype)
         sizes = dict(zip(self.ws, self.weight.shape, strict=True))
         each = self._matrices(weight, kept, shared, dict(zip(self.xs, idx.shape, strict=True)))
         found = [

@@ -69,7 +69,7 @@ class Protocol(ByRole):
     @property
     def pos_embed(self) -> Table:
         """The absolute positions; `pos_embed.W_pos` is their table."""
-        return Table(self)
+        return Table(self, positions=True)
 
     def all_head_labels(self) -> list[str]:
         """`L0H0`, `L0H1`, ... for every head of every block that has attention."""
@@ -95,7 +95,9 @@ class Protocol(ByRole):
         stream.check(layer)
         total = torch.zeros_like(self.W_E[0])
         for addend in stream.addends(layer, mlp_input):
-            if addend.short == "attn" or (addend.short == "mlp" and include_mlp_biases):
+            if addend.short in ("attn", "cross_attn") or (
+                addend.short == "mlp" and include_mlp_biases
+            ):
                 out = stream.out(addend)
                 if out.norm is not None:
                     raise LensError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import fx
 from lensfx.graph.choice import is_choice
 from lensfx.graph.compiled import closure, compiled
 from lensfx.graph.layout import show, store
-from lensfx.graph.node import outputs_of
+from lensfx.graph.node import is_op, outputs_of
 from lensfx.graph.ops import is_hook, is_impure
 from lensfx.graph.program import Program
 from lensfx.run.hooks import Active, visit
@@ -91,6 +91,11 @@ class _Derivation:
             if place.point is not None and name in request.edit:
                 for other in place.point.also:
                     self.at.setdefault(other.node, []).append(name)
+        self.widened = {
+            hook.args[0]
+            for hook in program.graph.nodes
+            if is_hook(hook) and hook not in self.at and _widens(hook.args[0], self.at)
+        }
         self.parts = Parts(self.graph, self.env, request.edit, self._changed, self._visit)
 
     def run(self) -> Run:
@@ -105,7 +110,7 @@ class _Derivation:
         needed = closure(roots)
         self._interface(needed)
         for node in self.program.graph.nodes:
-            if node in needed and node.op == "call_function":
+            if node in needed and node.op == "call_function" and node not in self.widened:
                 self.env[node] = self._copy(node)
         out = [self.env[r] if isinstance(r, fx.Node) else r for r in results]
         if self.request.stop is not None:
@@ -146,7 +151,8 @@ class _Derivation:
         if is_hook(node):
             source = node.args[0]
             assert isinstance(source, fx.Node)
-            value = self.env[source]
+            # What nobody looks at is added as it is, without a copy for each row of the batch.
+            value = self.env[source.args[0] if source in self.widened else source]  # type: ignore[index]
         else:
             value = self.graph.node_copy(node, lambda n: self.env[n])
         named = [(name, self.names.places[name]) for name in self.at.get(node, [])]
@@ -179,6 +185,11 @@ class _Derivation:
             value = self.graph.call_function(visit, (value, name, self.active))
         self.values[name] = value
         return value
+
+
+def _widens(node: Any, asked: Container[fx.Node]) -> bool:
+    """Whether a value is repeated for the sake of the hook on it alone."""
+    return is_op(node, aten.expand_as.default) and len(node.users) == 1 and node not in asked
 
 
 def _borrows(place: Place) -> bool:

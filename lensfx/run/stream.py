@@ -103,9 +103,15 @@ class Summed:
                 ("attn", block.attn_write),
                 ("mixer", block.mixer_write),
                 ("cross_attn", block.cross_write),
-                ("mlp", None if here else block.mlp_write),
+                ("mlp", block.mlp_write),
             )
-            yield from (Addend(block, write, short) for short, write in pairs if write)
+            known = [(short, write) for short, write in pairs if write is not None]
+            if here:
+                # What the block writes ahead of its MLP, wherever that stands.
+                order = {id(write): i for i, write in enumerate(block.writes)}
+                last = len(order) if block.mlp_write is None else order[id(block.mlp_write)]
+                known = [(short, write) for short, write in known if order[id(write)] < last]
+            yield from (Addend(block, write, short) for short, write in known)
 
     def name(self, block: Block, rest: str) -> str:
         """A hook name inside a block."""

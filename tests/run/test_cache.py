@@ -22,16 +22,17 @@ Z = "transformer.h.0.attn.scaled_dot_product_attention"
 OUTPUTS = {
     "transformer.wte": ["hook_embed", "transformer.wte.embedding"],
     "transformer.wpe": ["hook_pos_embed"],
-    "transformer.h.0.ln_1": ["blocks.0.ln1.hook_normalized", "transformer.h.0.ln_1.layer_norm"],
+    "transformer.h.0.ln_1": ["transformer.h.0.ln_1.layer_norm"],
     "transformer.h.0.attn": ["blocks.0.hook_attn_out", "transformer.h.0.attn.c_proj.linear"],
-    "transformer.h.0.ln_2": ["blocks.0.ln2.hook_normalized"],
-    "transformer.h.0.mlp.c_fc": ["transformer.h.0.mlp.c_fc.linear"],
+    "transformer.h.0.ln_2": ["transformer.h.0.ln_2.layer_norm"],
+    "transformer.h.0.mlp.c_fc": ["transformer.h.0.mlp.c_fc.linear", "blocks.0.mlp.hook_pre"],
+    "transformer.h.0.mlp.gelu": ["transformer.h.0.mlp.gelu.gelu", "blocks.0.mlp.hook_post"],
     "transformer.h.0.mlp": ["blocks.0.hook_mlp_out"],
     "transformer.h.0": ["blocks.0.hook_resid_post", "blocks.1.hook_resid_pre"],
     "transformer.h.1.attn": ["blocks.1.hook_attn_out"],
     "transformer.h.1.mlp": ["blocks.1.hook_mlp_out"],
     "transformer.h.1": ["blocks.1.hook_resid_post"],
-    "transformer.ln_f": ["ln_final.hook_normalized", "unembed.hook_in"],
+    "transformer.ln_f": ["unembed.hook_in"],
     "lm_head": ["unembed.hook_out", "lm_head.linear"],
 }
 
@@ -70,7 +71,12 @@ def test_values_are_what_the_modules_return(lens: lensfx.Lens, size: tuple[int, 
     _, cache = lens.run_with_cache(*args)
     for path, names in OUTPUTS.items():
         for name in names:
-            assert torch.equal(cache[name], seen[path]), name
+            # Positions are shown as they are added: a copy for each row.
+            rows = name == "hook_pos_embed"
+            assert torch.equal(cache[name], seen[path].expand(*size, -1) if rows else seen[path])
+    for name, x in (("blocks.0.ln1", "blocks.0.hook_resid_pre"), ("ln_final", ("resid_post", -1))):
+        bare = torch.nn.functional.layer_norm(cache[x], (32,))
+        assert torch.equal(cache[f"{name}.hook_normalized"], bare)
 
 
 @pytest.mark.parametrize("name", ["hf_gpt2", "llamalike", "encdec"])
@@ -256,8 +262,8 @@ def test_a_missing_value_is_an_error_and_never_another_layer(
 
 def test_a_cache_reads_as_a_mapping(lens: lensfx.Lens) -> None:
     _, cache = lens.run_with_cache(*ARGS, names_filter=lambda n: n.startswith("blocks.0"))
-    assert len(cache) == len(list(cache)) == len(cache.items()) == 9
-    assert repr(cache).startswith("ActivationCache with 9 values: blocks.0.hook_resid_pre, ")
+    assert len(cache) == len(list(cache)) == len(cache.items()) == 23
+    assert repr(cache).startswith("ActivationCache with 23 values: blocks.0.hook_resid_pre, ")
     assert repr(cache).endswith("...")
     assert len(repr(cache)) < 250
     assert repr(lens.run_with_cache(*ARGS, names_filter=[])[1]) == "an empty cache"

@@ -80,21 +80,37 @@ def between(block: Any, edit: Edit) -> Iterator[None]:
         del block.forward
 
 
+@contextlib.contextmanager
+def before_gain(path: str, edit: Edit) -> Iterator[None]:
+    """The edit of what a norm has divided, before its gain and bias, written out."""
+    norm = MODEL.get_submodule(path)
+
+    def forward(x: Tensor) -> Tensor:
+        bare = torch.nn.functional.layer_norm(x, x.shape[-1:], eps=1e-5)
+        return edit(bare) * norm.weight + norm.bias
+
+    norm.forward = forward
+    try:
+        yield
+    finally:
+        del norm.forward
+
+
 PLACES: dict[str, Callable[[Edit], Any]] = {
     "hook_embed": lambda e: on_output("transformer.wte", e),
     "hook_pos_embed": lambda e: on_output("transformer.wpe", e),
     "blocks.0.hook_resid_pre": lambda e: on_input("transformer.h.0", e),
     "blocks.1.hook_resid_pre": lambda e: on_input("transformer.h.1", e),
-    "blocks.0.ln1.hook_normalized": lambda e: on_output("transformer.h.0.ln_1", e),
+    "blocks.0.ln1.hook_normalized": lambda e: before_gain("transformer.h.0.ln_1", e),
     "blocks.0.hook_attn_out": lambda e: on_output("transformer.h.0.attn", e),
     "blocks.1.hook_attn_out": lambda e: on_output("transformer.h.1.attn", e),
     "blocks.0.hook_resid_mid": lambda e: between(MODEL.transformer.h[0], e),
     "blocks.1.hook_resid_mid": lambda e: between(MODEL.transformer.h[1], e),
-    "blocks.1.ln2.hook_normalized": lambda e: on_output("transformer.h.1.ln_2", e),
+    "blocks.1.ln2.hook_normalized": lambda e: before_gain("transformer.h.1.ln_2", e),
     "blocks.0.hook_mlp_out": lambda e: on_output("transformer.h.0.mlp", e),
     "blocks.1.hook_mlp_out": lambda e: on_output("transformer.h.1.mlp", e),
     "blocks.1.hook_resid_post": lambda e: on_output("transformer.h.1", e),
-    "ln_final.hook_normalized": lambda e: on_output("transformer.ln_f", e),
+    "ln_final.hook_normalized": lambda e: before_gain("transformer.ln_f", e),
     "unembed.hook_in": lambda e: on_input("lm_head", e),
     "unembed.hook_out": lambda e: on_output("lm_head", e),
     "transformer.h.0.mlp.gelu.gelu": lambda e: on_output("transformer.h.0.mlp.gelu", e),
@@ -390,7 +406,7 @@ def test_the_same_function_attached_twice_runs_twice(lens: lensfx.Lens) -> None:
 
 def test_what_cannot_be_attached_is_refused(lens: lensfx.Lens) -> None:
     with pytest.raises(UnknownNameError, match="holds for no hook name"):
-        lens.run_with_hooks(*ARGS, fwd_hooks=[(lambda n: "hook_q" in n, zero)])
+        lens.run_with_hooks(*ARGS, fwd_hooks=[(lambda n: "hook_rot_q" in n, zero)])
     with pytest.raises(HookError, match="a hook is a function of"):
         lens.add_hook(MID, None)  # type: ignore[arg-type]
     with pytest.raises(HookError, match="dir='forward' is no direction"):

@@ -29,7 +29,10 @@ def labels(graph: nx.MultiDiGraph, source: str, reader: str) -> list[str]:
 
 
 def test_every_value_is_a_node(lens: lensfx.Lens, graph: nx.MultiDiGraph) -> None:
-    assert set(lens.hook_names) - set(graph) == {n for n in lens.hook_names if "hook_scale" in n}
+    parts = ("scale", "normalized", "_input", "attn_in", "scores", "pattern", "result")
+    assert set(lens.hook_names) - set(graph) == {
+        n for n in lens.hook_names if ".hook_" in n and n.endswith(parts)
+    }
     assert {"idx", "targets", "output", "lm_head.weight", "transformer.wpe.weight"} <= set(graph)
     assert graph.number_of_nodes() == len({_key(n) for n in lens.program.graph.nodes})
 
@@ -41,7 +44,7 @@ def _key(node: Any) -> Any:
 def test_every_edge_says_by_which_argument_the_reader_reads(graph: nx.MultiDiGraph) -> None:
     first = "transformer.h.0.attn.c_attn"
     assert labels(graph, f"{first}.weight", f"{first}.linear") == ["weight"]
-    assert labels(graph, "blocks.0.ln1.hook_normalized", f"{first}.linear") == ["input"]
+    assert labels(graph, "transformer.h.0.ln_1.layer_norm", f"{first}.linear") == ["input"]
     attention = "transformer.h.0.attn.scaled_dot_product_attention"
     read = {facts["argument"] for _, _, facts in graph.in_edges(attention, data=True)}
     assert read == {"query", "key", "value"}

@@ -1,4 +1,4 @@
-"""Over models of many kinds: canonical names are where the architecture says, and every one acts."""
+"""Over models of many kinds: names are where the architecture says, and every one acts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import lensfx
 # Some library modules are scripted where they are imported.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 
-# Absent names by the reason: positions, rotary, the middle of a block, per-head copies of all three.
+# What may be absent: positions, rotary, the middle of a block, one copy for q, k and v.
 NO_POS, NO_ROT, NO_MID, NO_SHARED = "hook_pos_embed", "hook_rot_", "hook_resid_mid", "hook_attn_in"
 MODELS: dict[str, tuple[str, ...]] = {
     "hf_gpt2": (NO_ROT,),
@@ -106,7 +106,9 @@ def test_what_a_model_has_not_has_no_name(name: str) -> None:
     assert "unembed.hook_out" in names
     for kind in (NO_POS, NO_ROT, NO_SHARED, NO_MID, ".attn.hook_pattern", ".attn.hook_result"):
         without = any(absent in kind or kind in absent for absent in MODELS[name])
-        known = (name == "attn_linear" and "attn" in kind) or (name == "llamalike" and "rot" in kind)
+        known = (name == "attn_linear" and "attn" in kind) or (
+            name == "llamalike" and "rot" in kind
+        )
         assert known or without != any(kind in n for n in names), kind
     assert len(set(names)) == len(names)
 

@@ -125,6 +125,8 @@ def test_the_figures_tell_names_apart() -> None:
         # The stream after a block is the one before the next; without positions the embedding too.
         same = {"blocks.0.hook_resid_post", "blocks.1.hook_resid_pre", "hook_embed"}
         same |= {n for n in tilted if n.endswith(("hook_scale", "hook_in", "hook_attn_in"))}
+        # A factor of a product is tilted as the product is.
+        same |= {n for n in tilted if n.endswith("hook_pre_linear")}
         apart = [n for n in tilted if n not in same and "_normalized" not in n]
         close = [
             (a, b)

@@ -6,8 +6,10 @@ import io
 from dataclasses import replace
 
 import pytest
+import torch
 from models import CASES
 from rich.console import Console
+from torch import nn
 
 import lensfx
 from lensfx import passes as p
@@ -28,7 +30,7 @@ def proved() -> lensfx.Lens:
 
 @pytest.fixture(scope="module")
 def refused() -> lensfx.Lens:
-    """A model whose norms are all added to something but the last; it has no plain stream."""
+    """A model whose norms are all added to something but the last, so that they stay."""
     return wrapped("norm_residual", False)
 
 
@@ -40,7 +42,17 @@ def test_passes_are_found_by_class_name(proved: lensfx.Lens) -> None:
     ]  # fmt: skip
     assert found["CanonicalLinear"].fired == ()
     hooks = {entry.note for entry in found["InsertHooks"].fired}
-    assert hooks == {n for n in proved.hook_names if "hook_" in n and "scale" not in n}
+    # What is computed only where it is asked for needs no node. The folded norms are bare.
+    parts = (
+        "scale",
+        "_input",
+        "attn_in",
+        "scores",
+        "pattern",
+        "result",
+        "ln_final.hook_normalized",
+    )
+    assert hooks == {n for n in proved.hook_names if "hook_" in n and not n.endswith(parts)}
 
 
 def test_a_refusal_says_where_why_and_because_of_what(refused: lensfx.Lens) -> None:
@@ -52,8 +64,15 @@ def test_a_refusal_says_where_why_and_because_of_what(refused: lensfx.Lens) -> N
     assert first.reason == "reader add_1 is add, not linear"
     assert first.blame.startswith("%add_1  blocks.0  oddities.py:")
     assert first.blame.endswith("x = h + self.attn(h, mask)")
-    (stream,) = refused.report.passes["InsertHooks"].refused
-    assert stream.reason.startswith("no plain pre-norm stream: ")
+    assert refused.report.passes["InsertHooks"].refused == ()
+
+
+def test_a_model_without_a_stream_says_so() -> None:
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Tanh(), nn.Linear(4, 9))
+    found = lensfx.wrap(model, torch.arange(6).view(2, 3), verify=False).report
+    (refusal,) = found.passes["InsertHooks"].refused
+    assert refusal.reason.startswith("no hook points on blocks: no residual stream leads to")
+    assert "no residual stream leads to an output" in str(found)
 
 
 def test_the_print_shows_passes_figures_and_refusals(
@@ -148,8 +167,8 @@ def test_an_unproved_lens_and_a_bare_program_report_too() -> None:
         ("norm.layer_norm", ["fold-norm left it alone: it is an output of the model"]),
         ("blocks.1.hook_resid_mid", ["insert-hooks fired"]),
         ("head", ["center-unembed fired", "unembed.hook_out"]),
-        ("blocks.0.mlp.1", ["no pass has a rule that meets blocks.0.mlp.1"]),
-        ("blocks.0.mlp.1.gelu", ["no pass has a rule that meets blocks.0.mlp.1.gelu"]),
+        ("blocks.0.mlp.1", ["insert-hooks fired", "blocks.0.mlp.hook_post"]),
+        ("blocks.0.mlp.1.gelu", ["insert-hooks fired", "blocks.0.mlp.hook_post"]),
         ("blocks.0.ln1.hook_scale", ["no pass has a rule that meets"]),
         ("ids", ["no pass has a rule that meets ids"]),
     ],

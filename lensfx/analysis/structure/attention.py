@@ -199,6 +199,10 @@ class _Written:
             if any(op_name(n) in ("max", "amax") for n in _behind(self.flow, largest, top)):
                 self.passed.append(node)
                 node = top
+        if op_name(node) == "cat" and len(self.flow.deps[node]) == 1:
+            # A sink is one more column of the softmax, and no key.
+            self.passed.append(node)
+            node = self.flow.deps[node][0]
         return node
 
     def _backward(self, scores: fx.Node) -> fx.Node | None:

@@ -331,7 +331,8 @@ class Branches:
         while True:
             layout = row_layout(self.labels, node)
             if layout is not None:
-                return Place(node, layout)
+                # One row of features for each position: experts side by side are another thing.
+                return Place(node, layout) if len(layout.order) <= 3 else None
             read = self.flow.readers[node]
             if len(read) != 1 or read[0].target not in VIEWS or read[0] not in inside:
                 break

@@ -181,7 +181,8 @@ class Chains:
 
     def _fused(self, node: fx.Node) -> Site | None:
         """The write of a product that is added to the stream by the same operator."""
-        if not is_op(node, aten.addmm.default, aten.baddbmm.default) or not is_weight_linear(node):
+        product = is_op(node, aten.addmm.default, aten.baddbmm.default) and is_weight_linear(node)
+        if not product and not is_op(node, aten.addcmul.default):
             return None
         carry = argument(node, "self")
         read = [n for n in self.flow.deps[node] if n is not self.flow.rep(carry)]
@@ -199,7 +200,8 @@ class Chains:
         above = self.flow.reaches
         (da, sa), (db, sb) = ((c.depth, c.start) for c in (self.of[a], self.of[b]))
         if sa is sb:
-            return da > db or (da == db and not above(a, b))
+            first = da > db or (da == db and not above(a, b))
+            return first is not self._normed_inside(*((a, b) if first else (b, a)))
         if above(a, sb):
             return True
         if above(b, sa):
@@ -209,6 +211,13 @@ class Chains:
             if above(deep, other) or not above(other, deep):
                 return da > 0
         return None
+
+    def _normed_inside(self, deep: fx.Node, other: fx.Node) -> bool:
+        """Whether a value adds to a norm of the other: `x + (norm(x) + f)` is a write to x."""
+        site = self.of[deep].site
+        if site is None or self.root(site.carry) is not other:
+            return False
+        return any(n in self.norms for n in self.passed(site.carry))
 
     def _soft(self, node: fx.Node, a: fx.Node, b: fx.Node) -> Site | None:
         """The write to a stream one side of the add is a gate or a mix of, found by its leaves."""

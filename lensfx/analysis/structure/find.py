@@ -22,7 +22,7 @@ from lensfx.analysis.structure.stem import embeddings
 from lensfx.analysis.structure.streams import Line, Streams, WriteSite
 from lensfx.analysis.unembed import unembedding
 from lensfx.graph.layout import Layout
-from lensfx.graph.node import argument, is_op
+from lensfx.graph.node import argument, is_op, op_name
 from lensfx.graph.program import Program
 
 __all__ = ["Search"]
@@ -160,6 +160,11 @@ class Search:
             if write.value is write.add:
                 text = "a product fused with its add: what is written has no value of its own"
                 found.append(Note(text, write.add))
+            aliases = self.chains.passed(self.flow.rep(write.carry))
+            if any(op_name(n) in ("mul", "div") and n not in self.norms for n in aliases):
+                found.append(
+                    Note("the stream is scaled before what is written is added", write.add)
+                )
             if len(write.attention) > 1:
                 found.append(Note(f"{len(write.attention)} attentions in one branch", write.add))
         return tuple(found)

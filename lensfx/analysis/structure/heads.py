@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from lensfx.analysis.contraction import letters
 from lensfx.analysis.structure.attention import Core, linear_behind, scaled_by, turns
 from lensfx.analysis.structure.facts import AttentionBranch, Note, Place
 from lensfx.analysis.structure.flow import Flow, is_weight_linear
 from lensfx.analysis.structure.labels import Atom, Labels
 from lensfx.analysis.structure.layout import count, row_layout, score_layout
-from lensfx.graph.node import is_op, is_weight
+from lensfx.graph.node import argument, is_op, is_weight
 from lensfx.graph.ops import VIEWS
 
 __all__ = ["described"]
@@ -60,8 +61,13 @@ class _Heads:
         if heads is not None and kv is not None and heads % kv:
             self.notes.append(Note(f"{kv} key heads do not divide {heads} heads", core.key))
             kv, k, v = None, None, None
-        z = self._per_head(core.z, heads, value_width)
+        z = self._per_head(core.z, heads, value_width, core.value)
+        if z is None:
+            self.notes.append(Note("what is weighed has no one axis of heads", core.z))
         scores, pattern = self._weights()
+        if core.fused is None and (scores is None or pattern is None):
+            text = "scores or pattern are not [batch, head, query, key] and have no hook point"
+            self.notes.append(Note(text, core.softmax))
         return AttentionBranch(
             heads,
             kv if kv is not None else None,
@@ -104,15 +110,13 @@ class _Heads:
             if product is not None and not found:
                 return 1
             return count(found) if found else 1
-        return self._contracted(node, product)
+        return self._contracted(node)
 
-    def _contracted(self, node: fx.Node, product: fx.Node) -> int | None:
+    def _contracted(self, node: fx.Node) -> int | None:
         axes = self.labels.of.get(node, [])
-        out = {a.label for axis in self.labels.of.get(product, []) for a in axis}
-        gone = [a for axis in axes for a in axis if a.label not in out and not self._sequence(a)]
-        if gone:
-            return count(gone)
-        return count(axes[-1]) if axes and axes[-1] else 1
+        summed = self._summed(node, len(axes))
+        gone = [a for i in sorted(summed) for a in axes[i] if not self._sequence(a)]
+        return count(gone) if gone else 1
 
     def _sequence(self, atom: Atom) -> bool:
         return self.labels.is_sequence(atom)
@@ -147,12 +151,12 @@ class _Heads:
         if own is None:
             return None, None, linear, None
         behind = inside[::-1][self._biased(inside[::-1]) :]
-        found = (self._per_head(node, own, width) for node in behind)
+        found = (self._per_head(node, own, width, operand) for node in behind)
         first = next((place for place in found if place is not None), None)
         turned = any(turns(self.flow, self.labels, a, b) for a, b in pairwise(path))
         after = None
         if turned:
-            places = (self._per_head(n, own, width) for n in inside)
+            places = (self._per_head(n, own, width, operand) for n in inside)
             after = next((p for p in places if p is not None), None)
         return first, after, linear, own
 
@@ -178,20 +182,76 @@ class _Heads:
                 sizes.append(total // width)
         return min(sizes, default=None)
 
-    def _per_head(self, node: fx.Node, heads: int | None, width: int | None) -> Place | None:
-        """The place of a value with these heads of this width, if its axes tell them apart."""
+    def _per_head(
+        self, node: fx.Node, heads: int | None, width: int | None, operand: fx.Node
+    ) -> Place | None:
+        """The place of a value with these heads of this width, if its axes tell them apart.
+
+        `operand` is what it becomes in the product, where one axis is contracted: the width.
+        """
         if heads is None or width is None:
             return None
         atoms = self._atoms(node)
         val = node.meta.get("val")
         if not isinstance(val, torch.Tensor) or val.is_complex():
             return None
-        wanted = self._split(atoms, heads, width)
+        known = self._told_apart(atoms, operand)
+        wanted = self._checked(known, heads, width) if known else self._split(atoms, heads, width)
         layout = row_layout(self.labels, node, wanted) if wanted is not None else None
         return Place(node, layout) if layout is not None else None
 
+    def _told_apart(self, atoms: list[Atom], operand: fx.Node) -> list[list[Atom]] | None:
+        """The atoms of heads and of the width, by the axes they become; None if none is known."""
+        ends = self._contracted_atoms(operand)
+        rest = {a.label for a in self._atoms(operand)} - ends
+        of_width = [a for a in atoms if a.label in ends]
+        of_heads = [a for a in atoms if a.label in rest]
+        if not of_heads and not of_width:
+            return None
+        if len(of_heads) + len(of_width) < len(atoms):
+            others = [a for a in atoms if a not in of_heads and a not in of_width]
+            if of_heads and of_width:
+                return None
+            of_heads, of_width = of_heads or others, of_width or others
+        return [of_heads, of_width]
+
+    def _contracted_atoms(self, operand: fx.Node) -> set[int]:
+        """The labels of the width: what query and key are contracted over, or a value's own."""
+        axes = self.labels.of.get(operand, [])
+        if self.core.product is None or operand is self.core.value:
+            out = self.labels.of.get(self.core.z, [])
+            kept = {a.label for a in out[-1]} if out else set()
+            own = {a.label for a in axes[-1]} if axes else set()
+            return own & kept or own
+        return {
+            atom.label
+            for axis, atoms in enumerate(axes)
+            for atom in atoms
+            if axis in self._summed(operand, len(axes)) and not self._sequence(atom)
+        }
+
+    def _summed(self, operand: fx.Node, rank: int) -> set[int]:
+        """The axes of an operand that the product of query and key sums over."""
+        product = self.core.product
+        assert product is not None
+        if is_op(product, aten.einsum.default):
+            given = list(argument(product, "tensors"))
+            found = letters(str(argument(product, "equation")), given)
+            at = next((i for i, n in enumerate(given) if self.flow.rep(n) is operand), None)
+            if found is None or at is None:
+                return set()
+            return {i for i, letter in enumerate(found[at]) if letter not in found[-1]}
+        operands = [n for n in product.args if isinstance(n, fx.Node)][-2:]
+        return {rank - 1} if self.flow.rep(operands[0]) is operand else {rank - 2}
+
+    def _checked(self, known: list[list[Atom]], heads: int, width: int) -> list[list[Atom]] | None:
+        return known if [count(atoms) for atoms in known] == [heads, width] else None
+
     def _split(self, atoms: list[Atom], heads: int, width: int) -> list[list[Atom]] | None:
-        """The atoms as those of the heads and those of their width."""
+        """The atoms as those of the heads and those of their width, the width behind."""
+        if heads == width and len(atoms) > 1:
+            # Which of two axes of one size is which cannot be told here.
+            return None
         for cut in range(len(atoms) + 1):
             if count(atoms[:cut]) == heads and count(atoms[cut:]) == width:
                 return [atoms[:cut], atoms[cut:]]

@@ -17,8 +17,14 @@ _ROUTED = frozenset({"sort", "gather", "scan", "reduce", "slice", "select", "spl
 
 
 def mixing(labels: Labels, nodes: Iterable[fx.Node]) -> tuple[str, ...]:
-    """How the nodes of a branch join positions, each way once; empty if they do not."""
+    """How the nodes of a branch join positions, each way once; empty if they do not.
+
+    `batch` if they join examples, which is no work of a position alone either.
+    """
     nodes = list(nodes)
     found = [m.kind for n in nodes for m in labels.position_mixes(n)]
+    joined = [m for n in nodes for m in labels.mixed.get(n, []) if m.labels & labels.batch]
+    if any(m.kind in ("softmax", "contract") for m in joined):
+        found.append("batch")
     routed = any(op_name(n) in _DISPATCH or "grouped_mm" in str(n.target) for n in nodes)
-    return tuple(dict.fromkeys(k for k in found if not (routed and k in _ROUTED)))
+    return tuple(dict.fromkeys(k for k in found if not (routed and k in (*_ROUTED, "batch"))))

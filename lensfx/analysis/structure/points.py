@@ -15,14 +15,20 @@ from torch import fx
 from lensfx.analysis.structure.facts import MLP, AttentionBranch, Block, Place, Stream, Write
 from lensfx.analysis.structure.normalise import Norm
 from lensfx.graph.layout import PLAIN, Layout
-from lensfx.graph.node import argument, is_op, schema_names, shape_of
-from lensfx.graph.ops import VIEWS
+from lensfx.graph.node import argument, is_op, is_weight, schema_names, shape_of
+from lensfx.graph.ops import CASTS, DROPOUTS, VIEWS, data_inputs, is_hook
 
-__all__ = ["PARTS", "Point", "block_prefix", "points"]
+__all__ = ["Point", "block_prefix", "points"]
 
 aten = torch.ops.aten
 
-PARTS = ("scale", "normalized", "reciprocal", "scores", "pattern", "result", "input", "shared")
+_LINEAR = (
+    aten.mul.Tensor,
+    aten.div.Tensor,
+    aten.add.Tensor,
+    aten.neg.default,
+    aten.sum.dim_IntList,
+)
 
 
 @dataclass(frozen=True)
@@ -82,11 +88,11 @@ def _laid_out(point: Point, layouts: Layouts, weights: Weights) -> Point | None:
         return None if rows is None else replace(point, rows=rows)
     if point.part == "result":
         rows = layouts(point.node)
-        return None if rows is None else replace(point, layout=rows)
+        return None if rows is None or len(rows.order) > 3 else replace(point, layout=rows)
     if point.part in ("scores", "pattern") and point.within is not None:
         order = weights(point.within)
         return None if order is None else replace(point, layout=order)
-    if point.layout.order or point.rows_of is not None or point.part:
+    if point.layout.order or point.part:
         return point
     layout = layouts(point.node)
     return point if layout is None else replace(point, layout=layout)
@@ -106,8 +112,12 @@ def _stream(stream: Stream, prefix: str, main: bool) -> Iterator[Point]:
         yield from _norm(stream.final_norm, f"{front}ln_final")
     for block in reversed(stream.blocks):
         for point in _block(block, f"{prefix}.{block.index}"):
-            flat = point.rows_of is point.node or (not point.part and _is_flat(point, stream))
-            yield replace(point, rows_of=stream.start) if flat else point
+            if point.rows_of is not point.node and not _is_flat(point, stream):
+                yield point
+            elif point.part:
+                continue
+            elif point.only is None or set(point.node.users) == set(point.only):
+                yield replace(point, part="rows", rows_of=stream.start)
     known = [e for e in stream.embeddings if e.kind == "position"]
     if len(known) == 1:
         yield _positions(known[0].node, f"{front}hook_pos_embed")
@@ -287,8 +297,11 @@ def _attention(write: Write, at: str) -> Iterator[Point]:
     if len(write.attention) != 1:
         return
     found = write.attention[0]
-    if found.z is not None and found.out is not None:
-        yield Point(f"{at}.hook_result", _rows_again(found.out), part="result", within=found)
+    if found.z is not None and found.out is not None and write.norm_out is None:
+        # Behind a norm of its own the branch is no sum of what its heads add.
+        yield Point(
+            f"{at}.hook_result", _result(write.value, found.out), part="result", within=found
+        )
     if found.z is not None:
         yield _placed(found.z, f"{at}.hook_z")
     for place, name in ((found.pattern, "pattern"), (found.scores, "attn_scores")):
@@ -306,6 +319,19 @@ def _attention(write: Write, at: str) -> Iterator[Point]:
     ):
         if place is not None:
             yield _placed(place, f"{at}.hook_{name}")
+
+
+def _result(value: fx.Node, linear: fx.Node) -> fx.Node:
+    """Where the heads' results are what they add: behind scales, but before a norm."""
+    node = value
+    while node is not linear:
+        inputs = [n for n in data_inputs(node) if not is_weight(n)]
+        scaled = is_op(node, *_LINEAR)
+        plain = is_hook(node) or node.target in VIEWS | CASTS | DROPOUTS
+        if len(inputs) != 1 or not (scaled or plain):
+            return _rows_again(linear)
+        node = inputs[0]
+    return value
 
 
 def _rows_again(linear: fx.Node) -> fx.Node:

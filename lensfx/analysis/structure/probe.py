@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from lensfx.graph.node import schema_names
+from lensfx.graph.opaque import is_opaque, opaque_of
 from lensfx.graph.program import Program
 
 __all__ = ["keeps_apart"]
@@ -21,8 +23,10 @@ def keeps_apart(program: Program, node: fx.Node, source: fx.Node, axes: Iterable
     False if the operator has no result of the same shape, or cannot be run on noise.
     """
     made = _Noise(program)
+    # A module that is run as it stands keeps no trace of it.
+    untouched = opaque_of(str(node.args[0])).call.undone(()) if is_opaque(node) else nullcontext()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with untouched, torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             given = made.arguments(node)
             return all(_apart(node, given, made.of[source], axis) for axis in axes)

@@ -279,12 +279,14 @@ class Streams:
         live = [n for n in sides if isinstance(n, fx.Node) and n in self.flow.live]
         if len(live) != 2 or len(self.flow.readers[node]) != 1 or argument(node, "alpha") != 1:
             return [(value, reader)]
-        mixed = [bool(self._mixes(n, line, values)) for n in live]
-        if mixed[0] == mixed[1]:
+        behind = [self._behind_leaf(n, line, values) for n in live]
+        mixed = [bool(mixing(self.labels, nodes)) for nodes in behind]
+        if mixed[0] == mixed[1] or not all(any(map(is_weight_linear, ns)) for ns in behind):
             return [(value, reader)]
         return [leaf for n in live for leaf in self._leaves(n, node, line, values)]
 
-    def _mixes(self, value: fx.Node, line: Line, values: set[fx.Node]) -> tuple[str, ...]:
+    def _behind_leaf(self, value: fx.Node, line: Line, values: set[fx.Node]) -> set[fx.Node]:
+        """What one side of a sum is computed from, back to the stream."""
         found: set[fx.Node] = set()
         stack = [self.flow.rep(value)]
         while stack:
@@ -293,7 +295,7 @@ class Streams:
                 continue
             found.add(node)
             stack.extend(self.flow.deps[node])
-        return mixing(self.labels, found)
+        return found
 
     def _region(
         self,

@@ -90,6 +90,7 @@ def structure(program: Program) -> Structure:
     unclaimed = search.unclaimed if search.streams else ()
     notes += [Note("a product that belongs to nothing that was found", n) for n in unclaimed]
     for stream in search.streams:
-        notes += [n for w in stream.writes for part in (w.branch, *w.attention) for n in part.notes]
+        notes += [n for w in stream.writes for n in w.branch.notes]
+        notes += [n for w in stream.writes for a in w.attention for n in a.notes]
     trusted = () if unclaimed else search.points
     return Structure(search.streams, search.head, unclaimed, tuple(notes), trusted)
