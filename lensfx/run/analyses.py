@@ -111,7 +111,9 @@ class Analyses:
         count = len(self.blocks)
         index = count if layer is None or layer == -1 else layer
         if not 0 <= index <= count:
-            raise LensError(f"layer={layer}, but there are {count} blocks")
+            raise LensError(
+                f"layer={layer}, but there are {count} blocks", hint="print(lens.structure)"
+            )
         return index
 
     def stream(self, layer: int, mlp_input: bool = False) -> torch.Tensor:

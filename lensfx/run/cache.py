@@ -253,7 +253,10 @@ class ActivationCache(Mapping[str, torch.Tensor]):
         """
         at = self._analyses
         if not isinstance(layer, int) or not -self.n_layers <= layer < self.n_layers:
-            raise LensError(f"layer={layer!r}, but there are {self.n_layers} blocks")
+            raise LensError(
+                f"layer={layer!r}, but there are {self.n_layers} blocks",
+                hint="print(lens.structure)",
+            )
         addend = at.mlp(layer % self.n_layers)
         parts = Through().parts(pos_slice, project_output_onto)
         return parts.shown(at.per_neuron(addend, neuron_slice, parts))

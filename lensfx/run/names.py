@@ -88,6 +88,11 @@ class Names:
                     hint=f"lens.hook_names begins with {', '.join(self.all[:4])}",
                 )
             return found
+        if not isinstance(wanted, Iterable):
+            raise UnknownNameError(
+                f"{wanted!r} is no hook name, list of names or predicate",
+                hint=f"lens.hook_names begins with {', '.join(self.all[:4])}",
+            )
         names = [wanted] if isinstance(wanted, str) else list(wanted)
         for name in names:
             if name not in self.places:

@@ -91,7 +91,10 @@ class Protocol(ByRole):
         """
         stream = Summed(self)
         if not 0 <= layer <= len(self.structure.blocks):
-            raise LensError(f"layer={layer}, but there are {len(self.structure.blocks)} blocks")
+            raise LensError(
+                f"layer={layer}, but there are {len(self.structure.blocks)} blocks",
+                hint="print(lens.structure)",
+            )
         stream.check(layer)
         total = torch.zeros_like(self.W_E[0])
         for addend in stream.addends(layer, mlp_input):

@@ -34,7 +34,9 @@ def stop_name(found: Structure, names: Names, layer: int | None) -> str | None:
     count = len(found.blocks)
     index = layer + count if layer < 0 else layer
     if not 0 <= index <= count:
-        raise LensError(f"stop_at_layer={layer}, but there are {count} blocks")
+        raise LensError(
+            f"stop_at_layer={layer}, but there are {count} blocks", hint="print(lens.structure)"
+        )
     if index == count:
         return f"{prefix}.{count - 1}.hook_resid_post"
     return f"{prefix}.{index}.hook_resid_pre"

@@ -59,9 +59,8 @@ def _stream(stream: Stream) -> Lines:
     name = "residual stream" if stream.role == "main" else f"{stream.role} stream"
     width = stream.axes()[-1]
     kind = ", post-norm" if stream.post_norm else ""
-    lines: Lines = [
-        (1, f"{name} {width}: {len(stream.writes)} writes, {len(stream.blocks)} blocks{kind}")
-    ]
+    counts = f"{len(stream.writes)} writes, {len(stream.blocks)} blocks"
+    lines: Lines = [(1, f"{name} of width {width}: {counts}{kind}")]
     lines += [(2, _embedding(e)) for e in stream.embeddings]
     lines.append((2, f"start  {_at(stream.start)}"))
     for block in stream.blocks:
