@@ -82,7 +82,7 @@ class _Witness:
         given = iter(self.program.example)
         for node in self.program.graph.nodes:
             if node.op == "placeholder":
-                values[node] = next(given)
+                values[node] = next(given).clone()
             elif node.op == "get_attr":
                 held = self.program.tensors[str(node.target)]
                 values[node] = held.clone() if node.target in changed else held

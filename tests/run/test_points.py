@@ -196,8 +196,7 @@ SHAPES = {
 @pytest.mark.parametrize("name", [n for n in MODELS if n != "encdec"])
 def test_shapes_are_those_of_the_table(name: str) -> None:
     _, kept = run(name)
-    # A sink has a score and no value.
-    axes: dict[str, int] = {"b": 2, "p": 7, "1": 1, "s": 8 if name == "attn_sinks" else 7}
+    axes: dict[str, int] = {"b": 2, "p": 7, "1": 1, "s": 7}
     for site in canonical(name):
         letters = SHAPES[site.rpartition(".")[2]]
         shape = kept[site].shape
