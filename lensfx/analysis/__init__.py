@@ -2,7 +2,7 @@
 
 from lensfx.analysis.contraction import weight_einsum
 from lensfx.analysis.gauge import Proof, Seen, dead
-from lensfx.analysis.norms import NORMS, WRITTEN_NORM, Norm, is_norm, written_norm
+from lensfx.analysis.norms import NORMS, WRITTEN_NORM, Norm, written_norm
 from lensfx.analysis.structure import (
     Block,
     Point,
@@ -29,7 +29,6 @@ __all__ = [
     "component_graph",
     "dead",
     "heads",
-    "is_norm",
     "structure",
     "token_tables",
     "unembedding",

@@ -8,11 +8,10 @@ import torch
 from torch import fx
 
 from lensfx.graph.node import argument, is_op, shape_of
-from lensfx.graph.program import Program
-from lensfx.rewrite.match import Match, match
+from lensfx.rewrite.match import Match
 from lensfx.rewrite.pattern import Any, Const, OneOf, Op, Param, Pattern, Ref
 
-__all__ = ["NORMS", "WRITTEN_NORM", "Norm", "is_norm", "written_norm"]
+__all__ = ["NORMS", "WRITTEN_NORM", "Norm", "written_norm"]
 
 aten = torch.ops.aten
 
@@ -106,16 +105,6 @@ class Norm:
     gain: fx.Node | None
 
 
-def is_norm(node: fx.Node) -> bool:
-    """Whether a node is a norm as one operator or ends a hand-written one."""
-    if is_op(node, *NORMS):
-        return True
-    if not is_op(node, aten.mul.Tensor, aten.div.Tensor):
-        return False
-    found = match(WRITTEN_NORM, node)
-    return isinstance(found, Match) and isinstance(written_norm(found), Norm)
-
-
 def written_norm(m: Match) -> Norm | str:
     """What a match of WRITTEN_NORM computes, or why it is neither a layer norm nor an RMS norm."""
     shape = shape_of(m.x) or ()
@@ -149,8 +138,3 @@ def _correction(spread: fx.Node) -> float:
     if is_op(spread, aten.var.dim, aten.std.dim):
         return 1.0 if argument(spread, "unbiased") else 0.0
     return 0.0
-
-
-def norms(program: Program) -> list[fx.Node]:
-    """Every norm of the program, as an operator or written out, in graph order."""
-    return [n for n in program.graph.nodes if n.op == "call_function" and is_norm(n)]

@@ -264,7 +264,7 @@ class _Heads:
         found = []
         for node, keys in ((core.scores, core.keys), (core.pattern, core.pattern_keys)):
             rank = len(self.labels.of.get(node, []))
-            layout = score_layout(self.labels, node, keys, ()) if keys < rank else None
+            layout = score_layout(self.labels, node, keys) if keys < rank else None
             found.append(Place(node, layout) if layout is not None else None)
         return found[0], found[1]
 

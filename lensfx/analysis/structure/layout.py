@@ -74,7 +74,7 @@ def row_layout(
     return _ordered(parts, [*lead, *last[::-1]])
 
 
-def score_layout(labels: Labels, node: fx.Node, keys: int, heads: Sequence[Atom]) -> Layout | None:
+def score_layout(labels: Labels, node: fx.Node, keys: int) -> Layout | None:
     """`[batch, head, query, key]` for a value whose axis `keys` runs along the keys."""
     parts = _pieces(labels, node)
     last = [p for p in parts if p.axis == keys]
