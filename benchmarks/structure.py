@@ -8,9 +8,7 @@ form. Results are appended to a file of json lines; the table is written at the 
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -22,23 +20,9 @@ COUNTED = OUTCOMES[:4]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--only", default="causal_lm", help="tasks or parts of class names")
-    parser.add_argument("--results", type=Path, default=zoo.ROOT / ".zoo" / "structure.jsonl")
-    parser.add_argument("--docs", type=Path, default=zoo.ROOT / "docs" / "structure.md")
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--seconds", type=int, default=120, help="the time limit of one model")
-    parser.add_argument("--table", action="store_true", help="only write the table")
-    options = parser.parse_args()
-    if not options.results.parent.exists():
-        options.results.parent.mkdir(parents=True)
-        (options.results.parent / ".gitignore").write_text("*\n", encoding="utf-8")
-    if not options.table:
-        from models.zoo.score import scored
+    from models.zoo.score import scored
 
-        zoo.drive(zoo.chosen(options), options, scored)
-    options.docs.parent.mkdir(parents=True, exist_ok=True)
-    options.docs.write_text(page(zoo.read(options.results)), encoding="utf-8")
+    zoo.run_over("structure", "structure", scored, page, __doc__, only="causal_lm")
 
 
 def page(records: list[Record]) -> str:

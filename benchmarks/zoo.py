@@ -33,10 +33,24 @@ Trial = Callable[[Any], Iterable[Record]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--only", default="", help="tasks or parts of class names, with commas")
-    parser.add_argument("--results", type=Path, default=ROOT / ".zoo" / "results.jsonl")
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "zoo.md")
+    from models.zoo.trial import trial
+
+    run_over("results", "zoo", trial, page, __doc__)
+
+
+def run_over(
+    results: str,
+    docs: str,
+    trial: Trial,
+    page: Callable[[list[Record]], str],
+    about: str | None,
+    only: str = "",
+) -> None:
+    """Try the classes that the command line names, and write the page of all results so far."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0] if about else "")
+    parser.add_argument("--only", default=only, help="tasks or parts of class names, with commas")
+    parser.add_argument("--results", type=Path, default=ROOT / ".zoo" / f"{results}.jsonl")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs" / f"{docs}.md")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seconds", type=int, default=120, help="the time limit of one model")
     parser.add_argument("--table", action="store_true", help="only write the table")
@@ -45,8 +59,6 @@ def main() -> None:
         options.results.parent.mkdir(parents=True)
         (options.results.parent / ".gitignore").write_text("*\n", encoding="utf-8")
     if not options.table:
-        from models.zoo.trial import trial
-
         drive(chosen(options), options, trial)
     options.docs.parent.mkdir(parents=True, exist_ok=True)
     options.docs.write_text(page(read(options.results)), encoding="utf-8")

@@ -192,6 +192,7 @@ def _copy_of(value: Any) -> Any:
     try:
         return copy.deepcopy(value)
     except Exception:
+        # The owner's `__deepcopy__`, which may refuse with anything.
         return None
 
 

@@ -113,6 +113,7 @@ def _equal(a: Any, b: Any) -> bool:
     try:
         return a is b or (type(a) is type(b) and bool(a == b))
     except Exception:
+        # The user's `__eq__`, and results without a truth value: not known to be equal.
         return False
 
 

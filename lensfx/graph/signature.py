@@ -277,6 +277,7 @@ def _parts(value: Any) -> dict[Any, Any] | None:
         try:
             made = value.__reduce_ex__(4)
         except Exception:
+            # Code of whoever wrote the class, which may refuse with anything.
             return None
         return dict(enumerate(made)) if isinstance(made, tuple) else None
     slots = [m for base in bases for m in vars(base).values() if _is_slot(m)]

@@ -75,10 +75,10 @@ class Parts:
         return self.graph.call_function(target, args, kwargs)
 
     def _shown(self, value: fx.Node, place: Place) -> fx.Node:
-        return value if place.layout.is_plain else show(self.call, value, place.layout)
+        return show(self.call, value, place.layout)
 
     def _stored(self, value: fx.Node, place: Place) -> fx.Node:
-        return value if place.layout.is_plain else store(self.call, value, place.layout)
+        return store(self.call, value, place.layout)
 
     def _through(self, value: fx.Node, name: str, place: Place) -> fx.Node:
         """A value after the hooks of a name, with the axes the graph goes on with."""
@@ -282,7 +282,8 @@ class _Path:
         reads = dict.fromkeys(n for node in self.nodes for n in node.all_input_nodes)
         self.operands = [n for n in reads if n not in inside]
 
-    def _run(self, value: torch.Tensor, operands: Sequence[Any]) -> torch.Tensor:
+    def run(self, value: torch.Tensor, *operands: Any) -> torch.Tensor:
+        """What the path gives of a value in place of its first one."""
         env: dict[fx.Node, Any] = dict(zip(self.operands, operands, strict=True))
         env[self.first] = value
         for node in self.nodes:
@@ -298,10 +299,10 @@ class _Path:
             apart = shown(z, heads)
             number = apart.shape[-2]
             only = torch.eye(number, dtype=z.dtype, device=z.device).unsqueeze(-1)  # [h, h, 1]
-            nothing = self._run(torch.zeros_like(z), operands)
+            nothing = self.run(torch.zeros_like(z), *operands)
 
             def one(mask: torch.Tensor) -> torch.Tensor:
-                kept = self._run(as_stored(apart * mask, heads), operands)
+                kept = self.run(as_stored(apart * mask, heads), *operands)
                 return shown(kept - nothing, out)
 
             return torch.vmap(one, out_dims=-2)(only)
@@ -310,18 +311,14 @@ class _Path:
 
     def without(self, value: torch.Tensor, *operands: Any) -> torch.Tensor:
         """What the path gives if its first value is zero: biases."""
-        return self._run(torch.zeros_like(value), operands)
-
-    def run(self, value: torch.Tensor, *operands: Any) -> torch.Tensor:
-        """What the path gives of a value in place of its first one."""
-        return self._run(value, operands)
+        return self.run(torch.zeros_like(value), *operands)
 
     def from_copies(self, rows: Layout, heads: Layout) -> Callable[..., torch.Tensor]:
         """The last value, each head of it from its own copy of the first."""
 
         def made(copies: torch.Tensor, *operands: Any) -> torch.Tensor:
             def one(copy: torch.Tensor) -> torch.Tensor:
-                return shown(self._run(as_stored(copy, rows), operands), heads)
+                return shown(self.run(as_stored(copy, rows), *operands), heads)
 
             every = torch.vmap(one, in_dims=-2, out_dims=0)(copies)  # [h, batch, pos, h, d]
             own = torch.diagonal(every, dim1=0, dim2=-2)  # [batch, pos, d, h]

@@ -75,7 +75,7 @@ class Summed:
         carry, last = _same(self.origin), None
         for block in self.stream.blocks[:layer]:
             for write in block.writes:
-                if self._short(block, write) is None:
+                if block.label(write) is None:
                     raise _no_sum(write.add, "a write that is no attention, mixer or MLP")
                 if write.add is not last and _same(write.carry) is not carry:
                     raise _no_sum(write.carry, "the stream is changed between two writes")
@@ -83,15 +83,6 @@ class Summed:
         pre = self.stream.blocks[layer].pre if layer < len(self.stream.blocks) else self.stream.end
         if _same(pre) is not carry:
             raise _no_sum(pre, "the stream is changed between two writes")
-
-    def _short(self, block: Block, write: Write) -> str | None:
-        known = {
-            "attn": block.attn_write,
-            "mixer": block.mixer_write,
-            "cross_attn": block.cross_write,
-            "mlp": block.mlp_write,
-        }
-        return next((k for k, w in known.items() if w is write), None)
 
     def addends(self, layer: int, mlp_input: bool = False) -> Iterator[Addend]:
         """Every write ahead of a layer, or of its MLP, in the order attention, MLP."""

@@ -169,11 +169,13 @@ def test_a_sink_is_no_key() -> None:
 
 def test_results_of_heads_that_are_projected_one_by_one() -> None:
     _, lens = wrapped(HeadByHead)
-    name = "blocks.0.attn.hook_result"
     _, cache = lens.run_with_cache(IDS)
-    if name in cache:
-        assert cache[name].shape == (2, 7, HEADS, WIDTH)
-        torch.testing.assert_close(cache[name].sum(2), cache["attn_out", 0])
+    for i in range(2):
+        assert cache["result", i].shape == (2, 7, HEADS, WIDTH)
+        torch.testing.assert_close(cache["result", i].sum(2), cache["attn_out", i])
+    out = lens.run_with_hooks(IDS, fwd_hooks=[("blocks.0.attn.hook_result", lambda v, hook: v * 0)])
+    gone = lens.run_with_hooks(IDS, fwd_hooks=[("blocks.0.hook_attn_out", lambda v, hook: v * 0)])
+    torch.testing.assert_close(out, gone)
 
 
 def test_a_fused_add_is_a_write_and_a_note_says_so() -> None:
@@ -181,3 +183,7 @@ def test_a_fused_add_is_a_write_and_a_note_says_so() -> None:
     assert answer.complete
     assert [[w.kind for w in b.writes] for b in answer.blocks] == [["attention", "mlp"]] * 2
     assert any("fused with its add" in n.text for n in answer.notes)
+    names = {p.name for p in answer.points}
+    assert {"blocks.0.hook_resid_mid", "blocks.0.attn.hook_z", "blocks.0.hook_mlp_out"} <= names
+    assert not names & {"blocks.0.hook_attn_out", "blocks.0.attn.hook_result"}
+    assert not lensfx.wrap(Multiplied().eval(), IDS, passes=None).report.witness.demoted

@@ -109,7 +109,8 @@ class _Components:
                 yield _Part(at, write, facts)
             return
         for number, write in enumerate(block.writes):
-            label = _label(block, write) or f"{write.kind}.{number}"
+            own = block.label(write)
+            label = own or f"{write.kind}.{number}"
             heads = write.attention[0].heads if len(write.attention) == 1 else None
             if label.endswith("attn") and heads is not None:
                 for head in range(heads):
@@ -117,7 +118,7 @@ class _Components:
                     facts = self._facts("head", block, head, f"{at}.{folder}.hook_result", write)
                     yield _Part(f"{at}.{folder}.{head}", write, facts, head)
                 continue
-            hook = f"{at}.hook_{label}_out" if _label(block, write) else ""
+            hook = f"{at}.hook_{label}_out" if own is not None else ""
             yield _Part(f"{at}.{label}", write, self._facts(label, block, None, hook, write))
 
     def _facts(
@@ -221,13 +222,11 @@ class _Components:
 
     def _owners(self, node: fx.Node, reader: _Part) -> Iterator[str]:
         for _, part in self.parts:
-            if (
-                part.write is not None
-                and node in part.write.branch.nodes
-                and part.name != reader.name
-            ):
-                if part.head is None or reader.head is None or part.head == reader.head:
-                    yield part.name
+            if part.write is None or part.name == reader.name:
+                continue
+            same = part.head is None or reader.head is None or part.head == reader.head
+            if same and node in part.write.branch.nodes:
+                yield part.name
 
     def _head(self) -> None:
         """The unembedding, or the output, reads all that is in the end of the main stream."""
@@ -237,18 +236,6 @@ class _Components:
         self._node(name, name, "unembed.hook_out" if head is not None else "", head or stream.end)
         for source in self._writers(self.flow.rep(stream.end)):
             self._edge(source, name, "unembed", "unembed.hook_in" if head is not None else "")
-
-
-def _label(block: Block, write: Write) -> str | None:
-    for label, own in (
-        ("attn", block.attn_write),
-        ("cross_attn", block.cross_write),
-        ("mixer", block.mixer_write),
-        ("mlp", block.mlp_write),
-    ):
-        if write is own:
-            return label
-    return None
 
 
 def _shape(node: fx.Node) -> str:

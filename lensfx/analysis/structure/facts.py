@@ -177,6 +177,11 @@ class Write:
         """What the branch is."""
         return self.branch.kind
 
+    @property
+    def fused(self) -> bool:
+        """Whether one operator computes and adds, so that what is added is no value of its own."""
+        return self.value is self.add
+
 
 @dataclass(frozen=True)
 class Block:
@@ -234,6 +239,16 @@ class Block:
     def post(self) -> fx.Node:
         """The stream after the block."""
         return self.writes[-1].add
+
+    def label(self, write: Write) -> str | None:
+        """What hook names call a write: `attn`, `mixer`, `cross_attn`, `mlp`; None for another."""
+        known = {
+            "attn": self.attn_write,
+            "mixer": self.mixer_write,
+            "cross_attn": self.cross_write,
+            "mlp": self.mlp_write,
+        }
+        return next((label for label, own in known.items() if own is write), None)
 
 
 def _norm(write: Write | None) -> Norm | None:

@@ -157,7 +157,7 @@ class Search:
             weights = [n for n in write.branch.nodes if is_weight_linear(n) or n.target is SDPA]
             if not weights and write.kind not in ("inject",):
                 found.append(Note("a write without a product with a weight", write.add))
-            if write.value is write.add:
+            if write.fused:
                 text = "a product fused with its add: what is written has no value of its own"
                 found.append(Note(text, write.add))
             aliases = self.chains.passed(self.flow.rep(write.carry))

@@ -115,6 +115,7 @@ def _stream(stream: Stream, prefix: str, main: bool) -> Iterator[Point]:
             if point.rows_of is not point.node and not _is_flat(point, stream):
                 yield point
             elif point.part:
+                # Computed from such a node it would not have the axes that its name promises.
                 continue
             elif point.only is None or set(point.node.users) == set(point.only):
                 yield replace(point, part="rows", rows_of=stream.start)
@@ -147,7 +148,7 @@ def _block(block: Block, at: str) -> Iterator[Point]:
     yield Point(f"{at}.hook_resid_post", block.post)
     norms = _norm_names(block)
     for write in reversed(writes):
-        name = _branch_name(block, write)
+        name = block.label(write)
         if name is not None:
             yield from _branch(block, write, name, at, norms.get(id(write), []))
             before = _middle(block, writes, write)
@@ -164,7 +165,8 @@ def _branch(
         if norm is not write.norm:
             yield from _norm(norm, f"{at}.{label}")
     out = "mixer.hook_out" if name == "mixer" else f"hook_{name}_out"
-    yield Point(f"{at}.{out}", write.value, only=(write.reader,))
+    if not write.fused:
+        yield Point(f"{at}.{out}", write.value, only=(write.reader,))
     if name == "mlp" and block.mlp is not None:
         yield from _mlp(block.mlp, f"{at}.mlp")
     elif write.attention:
@@ -186,16 +188,6 @@ def _middle(block: Block, writes: list[Write], write: Write) -> tuple[str, fx.No
     whole = {"attention", "mixer", "cross_attention", "mlp", "gated_mlp", "moe"}
     plain = before.kind in whole and sum(w is not block.cross_write for w in writes) == 2
     return ("mid", before.add) if plain else None
-
-
-def _branch_name(block: Block, write: Write) -> str | None:
-    if write is block.attn_write:
-        return "attn"
-    if write is block.cross_write:
-        return "cross_attn"
-    if write is block.mixer_write:
-        return "mixer"
-    return "mlp" if write is block.mlp_write else None
 
 
 def _norm_names(block: Block) -> dict[int, list[tuple[Norm, str]]]:
@@ -297,7 +289,8 @@ def _attention(write: Write, at: str) -> Iterator[Point]:
     if len(write.attention) != 1:
         return
     found = write.attention[0]
-    if found.z is not None and found.out is not None and write.norm_out is None:
+    summed = write.norm_out is None and not write.fused
+    if found.z is not None and found.out is not None and summed:
         # Behind a norm of its own the branch is no sum of what its heads add.
         yield Point(
             f"{at}.hook_result", _result(write.value, found.out), part="result", within=found
