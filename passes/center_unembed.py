@@ -14,14 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
+from torch import fx
 
 from lensfx.analysis import Head, Proof, dead, heads
 from lensfx.errors import PipelineError
 from lensfx.graph import Program, argument, same_size, shape_of
-from lensfx.rewrite import Edit, Match, Miss, Pass, Rule, Sites
+from lensfx.rewrite import At, Edit, Match, Miss, Pass, Rule, Sites
 from lensfx.verify import UpToLogitShift
 
 aten = torch.ops.aten
@@ -60,6 +60,7 @@ def site(program: Program, head: Head, output: int | None) -> Match | Miss:
         "root": head.linear,
         "W": argument(head.linear, "weight"),
         "b": argument(head.linear, "bias"),
+        "last": last,
         "proof": proof,
         "evidence": evidence,
         "outputs": head.logits or head.outputs,
@@ -76,13 +77,21 @@ def unless(m: Match) -> str | None:
     return "" if made.meta.get("lensfx", ("",))[0] == CenterUnembed().name else None
 
 
-def replace(m: Match, edit: Edit) -> None:
-    at = edit.before(m.root)
+def centred(m: Match, at: At) -> dict[str, fx.Node]:
+    """The weight and the bias without their means."""
     W = at.call(aten.sub.Tensor, m.W, at.call(aten.mean.dim, m.W, [0], True))  # [vocab, d]
-    changed = {"weight": W}
-    if m.b is not None:
-        changed["bias"] = at.call(aten.sub.Tensor, m.b, at.call(aten.mean.dim, m.b, [0], True))
-    at.set(m.root, **changed)
+    if m.b is None:
+        return {"weight": W}
+    return {
+        "weight": W,
+        "bias": at.call(aten.sub.Tensor, m.b, at.call(aten.mean.dim, m.b, [0], True)),  # [vocab]
+    }
+
+
+def replace(m: Match, edit: Edit) -> None:
+    edit.before(m.root).set(m.root, **centred(m, edit.before(m.root)))
+    edit.keeps(m.root, up_to=-1, centred=True)
+    edit.changes(m.root, free=[m.last])
     edit.remark(m.evidence, shifted=m.outputs)
 
 
@@ -92,8 +101,6 @@ class CenterUnembed(Pass):
 
     output: int | None = None
 
-    # Said of the rewritten logits, and proved of them: their mean over the vocabulary is 0.
-    centres: ClassVar[bool] = True
     contract = UpToLogitShift()
     needs = ("canonical-linear", "canonical-norm", "fold-norm")
 

@@ -73,7 +73,7 @@ def test_imports_go_one_way(layer: str) -> None:
     for path in [home.with_suffix(".py")] if not home.is_dir() else sorted(home.rglob("*.py")):
         allowed = MAY_IMPORT[layer]
         # The default pipeline is the one thing the engine takes from above.
-        extra = {"passes"} if label(path) == "lensfx/run/wrap.py" else set()
+        extra = {"passes"} if label(path) == "lensfx/rewrite/pipeline.py" else set()
         assert layers(path) <= allowed | extra, label(path)
 
 
@@ -98,7 +98,7 @@ def test_the_engine_takes_passes_in_one_function_only() -> None:
                 places += [(label(path), function.name) for n in names if _is_passes(n)]
         total = sum(_is_passes(n) for n, _ in imported(path))
         assert total == sum(place == label(path) for place, _ in places), label(path)
-    assert places == [("lensfx/run/wrap.py", "default_passes")]
+    assert places == [("lensfx/rewrite/pipeline.py", "default")]
 
 
 def _is_passes(name: str) -> bool:

@@ -19,6 +19,7 @@ from lensfx.graph.ops import is_impure
 from lensfx.graph.signature import Signature
 
 __all__ = [
+    "Change",
     "Formula",
     "Program",
     "Rewrite",
@@ -31,10 +32,37 @@ __all__ = [
 
 
 @dataclass(frozen=True)
+class Formula:
+    """How a tensor follows from the parameters it came from."""
+
+    name: str
+    text: str
+    sources: tuple[str, ...]
+    graph: fx.Graph = field(compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Change:
+    """How a value that a rewrite changed on purpose gives back what it was.
+
+    `was = (now * scale + shift) @ turn`, broadcast from the last axis; what is None is left out.
+    Along `free` axes a constant was taken off that the value itself no longer tells.
+    """
+
+    value: str
+    scale: Formula | None = None
+    shift: Formula | None = None
+    turn: Formula | None = None
+    free: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Rewrite:
     """One place where a pass changed the graph.
 
     `sites` pairs the name of a value before with its name after: what the rewrite claims to keep.
+    `shifts` names those of them that may move by what is constant along an axis, `centred` those
+    whose mean along that axis is 0 afterwards. `changes` are values that are not kept, and how.
     `shifted` are the flat outputs that move by something their contract lets them move by.
     """
 
@@ -48,20 +76,13 @@ class Rewrite:
     removed: int
     note: str = ""
     shifted: tuple[int, ...] = ()
+    shifts: tuple[tuple[str, int], ...] = ()
+    centred: tuple[str, ...] = ()
+    changes: tuple[Change, ...] = ()
 
     def __str__(self) -> str:
         parts = (f"%{self.root}", self.path, self.line, self.note)
         return "  ".join(p for p in parts if p)
-
-
-@dataclass(frozen=True)
-class Formula:
-    """How a folded parameter follows from the parameters it came from."""
-
-    name: str
-    text: str
-    sources: tuple[str, ...]
-    graph: fx.Graph = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,8 +23,10 @@ from lensfx.graph.node import (
     where,
 )
 from lensfx.graph.ops import constructs, is_hook, is_impure, readers
-from lensfx.graph.program import Rewrite
+from lensfx.graph.program import Change, Rewrite
 from lensfx.graph.views import same_shape
+from lensfx.rewrite.fakes import Fakes, Unrunnable
+from lensfx.rewrite.formula import formula_of
 
 __all__ = ["At", "Edit"]
 
@@ -43,29 +44,35 @@ class _Open:
     loose: list[fx.Node] = field(default_factory=list)
     note: str = ""
     shifted: tuple[int, ...] = ()
+    kept: dict[fx.Node, int | None] = field(default_factory=dict)
+    centred: list[fx.Node] = field(default_factory=list)
+    changes: dict[fx.Node, Change] = field(default_factory=dict)
 
 
 class Edit:
-    """Changes one graph on behalf of one pass; every committed rewrite is in `journal`."""
+    """Changes one graph on behalf of one pass; every committed rewrite is in `journal`.
 
-    def __init__(self, graph: fx.Graph, pass_name: str, first: int = 0) -> None:
+    `tensors` are the stored tensors it knows, `added` those that the pass brought along.
+    """
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        pass_name: str,
+        first: int = 0,
+        tensors: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
         self.graph = graph
         self.pass_name = pass_name
         self.journal: list[Rewrite] = []
+        self.tensors = {} if tensors is None else tensors
+        self.added: dict[str, torch.Tensor] = {}
         self._first = first
         self._open: _Open | None = None
-        self._vals: dict[Any, Any] = {}
         # Which value of the graph before this pass a node stands for; added nodes have none.
         self._origin = {n: n.name for n in graph.nodes}
         self._taken = dict.fromkeys((native_name(n) for n in graph.nodes), 0)
-        self._mode = next(
-            (
-                mode
-                for n in graph.nodes
-                if (mode := getattr(value_of(n), "fake_mode", None)) is not None
-            ),
-            None,
-        )
+        self._fakes = Fakes(graph)
 
     def begin(self, root: fx.Node, interior: Iterable[fx.Node] = ()) -> None:
         """Start a rewrite at `root`; values inside `interior` are not claimed to be kept."""
@@ -85,16 +92,63 @@ class Edit:
         state = self._state()
         state.note, state.shifted = note, tuple(shifted)
 
+    def keeps(self, node: fx.Node, up_to: int | None = None, centred: bool = False) -> None:
+        """Claim that this rewrite keeps a value that it does not write itself, or leaves it moved.
+
+        `up_to` is the axis along which it may have moved by a constant, `centred` says that its
+        mean along that axis is 0 afterwards. The proof compares what is claimed.
+        """
+        state = self._state()
+        state.kept[node] = None if up_to is None else up_to % max(1, _rank(node))
+        if centred:
+            state.centred.append(node)
+
+    def changes(
+        self,
+        node: fx.Node,
+        *,
+        scale: fx.Node | None = None,
+        shift: fx.Node | None = None,
+        turn: fx.Node | None = None,
+        free: Iterable[int] = (),
+    ) -> None:
+        """Say that a value is no longer what it was, and how that follows from what it is.
+
+        `was = (now * scale + shift) @ turn`; each is a weight that broadcasts against the value.
+        `free`: along these axes a constant was taken off that cannot be told any more.
+        """
+        parts = {"scale": scale, "shift": shift, "turn": turn}
+        made = {k: None if n is None else formula_of(k, n) for k, n in parts.items()}
+        self._state().changes[node] = Change(node.name, **made, free=tuple(sorted(free)))
+
+    def constant(self, name: str, tensor: torch.Tensor) -> fx.Node:
+        """A read of a tensor that the pass brings along, stored in the program under `name`.
+
+        Raises: RewriteError if the program has another tensor of that name.
+        """
+        known = self.added.get(name, self.tensors.get(name))
+        same = known is None or (known.shape == tensor.shape and torch.equal(known, tensor))
+        if not same:
+            raise RewriteError(
+                f"{self.pass_name} would store a tensor as {name}, which is another one already",
+                at=where(self._state().root),
+                hint="give it a name that the model does not use",
+            )
+        value = self.added.setdefault(name, tensor if known is None else known)
+        first = next(iter(self.graph.nodes))
+        with self.graph.inserting_before(first):
+            node = self.graph.get_attr(name)
+        node.meta = {"val": self._fakes.of(value), "weight": True}
+        return node
+
     def commit(self) -> Rewrite:
         """Close the rewrite: remove what nobody reads any more and write the journal entry."""
         state = self._state()
         for node in state.loose:
             self._drop(node)
-        sites = tuple(
-            (self._origin[n], n.name)
-            for n in state.touched
-            if n in self._origin and self._visible(n)
-        )
+        touched = [n for n in state.touched if n not in state.changes and self._visible(n)]
+        claimed = dict.fromkeys(touched) | {n: a for n, a in state.kept.items() if not n._erased}
+        sites = tuple((self._origin[n], n.name) for n in claimed if n in self._origin)
         name, path, line = state.root_facts
         entry = Rewrite(
             index=self._first + len(self.journal),
@@ -107,6 +161,9 @@ class Edit:
             removed=state.removed,
             note=state.note,
             shifted=state.shifted,
+            shifts=tuple((n.name, a) for n, a in claimed.items() if a is not None),
+            centred=tuple(n.name for n in state.centred if not n._erased),
+            changes=tuple(c for n, c in state.changes.items() if not n._erased),
         )
         self.journal.append(entry)
         self._open = None
@@ -136,31 +193,18 @@ class Edit:
             self._state().removed += 1
 
     def fake(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """The fake value of a call on the fake values of its inputs, remembered by shape."""
-        vals = fx.node.map_arg((args, dict(kwargs)), _required_value)
-        key = (target, _key(vals))
-        if key not in self._vals:
-            known = self._known_sizes()
-            try:
-                with self._mode or contextlib.nullcontext(), torch.no_grad():
-                    self._vals[key] = target(*vals[0], **vals[1])
-            except Exception as error:
-                raise self._cannot_run(target, str(error)) from error
-            if self._known_sizes() != known:
-                # Torch takes sizes that coincide in the example for equal; the guards do not.
-                del self._vals[key]
-                raise self._cannot_run(target, "two sizes that may differ would have to be equal")
-        return self._vals[key]
+        """The fake value of a call on the fake values of its inputs.
 
-    def _known_sizes(self) -> int:
-        return len(self._mode.shape_env.guards) if self._mode and self._mode.shape_env else 0
-
-    def _cannot_run(self, target: Any, reason: str) -> RewriteError:
-        return RewriteError(
-            f"{self.pass_name} makes a call that cannot run: {target}: {reason}",
-            at=where(self._state().root),
-            hint="check the shapes the rule assumes in its `unless`",
-        )
+        Raises: RewriteError if the call cannot run on them.
+        """
+        try:
+            return self._fakes.call(target, args, kwargs)
+        except Unrunnable as error:
+            raise RewriteError(
+                f"{self.pass_name} makes a call that cannot run: {target}: {error}",
+                at=where(self._state().root),
+                hint="check the shapes the rule assumes in its `unless`",
+            ) from error.__cause__
 
 
 class At:
@@ -259,6 +303,11 @@ class At:
         edit._state().loose.append(old)
 
 
+def _rank(node: fx.Node) -> int:
+    val = value_of(node)
+    return val.ndim if isinstance(val, torch.Tensor) else 0
+
+
 def _depends_on_weights_only(node: fx.Node) -> bool:
     inputs = node.all_input_nodes
     return all(map(is_weight, inputs)) if inputs else constructs(node)
@@ -320,22 +369,3 @@ def _nodes_in(tree: Any) -> list[fx.Node]:
     found: list[fx.Node] = []
     fx.node.map_arg(tree, found.append)
     return found
-
-
-def _required_value(node: fx.Node) -> Any:
-    val = value_of(node)
-    if val is None:
-        raise RewriteError(f"{node.name} has no value to compute shapes from", at=where(node))
-    return val
-
-
-def _key(tree: Any) -> Any:
-    """A hashable description of fake arguments: shapes, strides and dtypes, not identities."""
-    if isinstance(tree, torch.Tensor):
-        sizes = tuple(str(s) for s in (*tree.shape, *tree.stride()))
-        return ("tensor", sizes, tree.ndim, tree.dtype, tree.device)
-    if isinstance(tree, (list, tuple)):
-        return tuple(_key(t) for t in tree)
-    if isinstance(tree, Mapping):
-        return tuple((k, _key(v)) for k, v in sorted(tree.items()))
-    return (type(tree), str(tree))

@@ -12,10 +12,10 @@ from torch import fx, nn
 from lensfx.graph.choice import choices
 from lensfx.graph.names import free_name
 from lensfx.graph.node import arguments, dtype_of, is_weight, shape_of
-from lensfx.graph.program import Formula, Program, copy_graph, remove_dead
-from lensfx.graph.text import expression_text
+from lensfx.graph.program import Program, copy_graph, remove_dead
 from lensfx.graph.views import same_shape
 from lensfx.rewrite.blocks import evaluate
+from lensfx.rewrite.formula import formula_of
 
 __all__ = ["fold"]
 
@@ -42,7 +42,7 @@ def fold(program: Program) -> Program:
     names = _names(graph, roots)
     for root in roots:
         name = names[root]
-        formula = _formula(name, root)
+        formula = formula_of(name, root)
         value = evaluate(root, lambda n: program.tensors[str(n.target)], _dtype(root))
         grad = any(program.tensors[s].requires_grad for s in formula.sources)
         is_param = any(isinstance(program.tensors[s], nn.Parameter) for s in formula.sources)
@@ -93,23 +93,6 @@ def _dtype(node: fx.Node) -> torch.dtype:
     dtype = dtype_of(node)
     assert dtype is not None
     return dtype
-
-
-def _formula(name: str, root: fx.Node) -> Formula:
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    needed: dict[fx.Node, None] = {}
-    stack = [root]
-    while stack:
-        node = stack.pop()
-        if node not in needed:
-            needed[node] = None
-            stack.extend(node.all_input_nodes)
-    for node in sorted(needed):
-        copies[node] = graph.node_copy(node, lambda n: copies[n])
-    graph.output((copies[root],))
-    sources = tuple(dict.fromkeys(str(n.target) for n in sorted(needed) if n.op == "get_attr"))
-    return Formula(name, expression_text(root), sources, graph)
 
 
 def _names(graph: fx.Graph, roots: list[fx.Node]) -> dict[fx.Node, str]:

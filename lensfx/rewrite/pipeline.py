@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import fx
 
 from lensfx.errors import LensError, PipelineError, RewriteError
@@ -37,6 +39,21 @@ class Pipeline:
                     hint="a pipeline takes instances such as passes.FoldNorm()",
                 )
         _check_order(self.passes, ())
+
+    @classmethod
+    def default(cls) -> Pipeline:
+        """What `wrap` runs: canonical forms, folds, centring, hook points."""
+        from lensfx import passes as p
+
+        return cls(
+            (
+                p.CanonicalLinear(),
+                p.CanonicalNorm(),
+                p.FoldNorm(),
+                p.CenterUnembed(),
+                p.InsertHooks(),
+            )
+        )
 
     @one_at_a_time
     def run(self, program: Program) -> Program:
@@ -103,7 +120,7 @@ def apply(entry: Pass, program: Program, limit: int | None = None) -> Program:
     if left_alone is not None:
         return _reported(entry, program, program.graph, (), left_alone)
     graph, _ = copy_graph(program.graph)
-    edit = Edit(graph, entry.name, first=len(program.journal))
+    edit = Edit(graph, entry.name, len(program.journal), program.tensors)
     working = program.with_graph(graph)
     refused: list[Refusal] = []
     for rule in entry.rules:
@@ -113,7 +130,14 @@ def apply(entry: Pass, program: Program, limit: int | None = None) -> Program:
         graph.lint()
     except RuntimeError as error:
         raise RewriteError(f"{entry.name} left a broken graph: {error}") from error
+    program = replace(program, tensors=_with(program.tensors, edit.added))
     return _reported(entry, program, graph, _living(edit.journal, graph), refused)
+
+
+def _with(
+    tensors: Mapping[str, torch.Tensor], added: Mapping[str, torch.Tensor]
+) -> Mapping[str, torch.Tensor]:
+    return MappingProxyType({**tensors, **added}) if added else tensors
 
 
 def _nothing_to_do(entry: Pass, program: Program) -> list[Refusal] | None:

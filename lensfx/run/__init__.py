@@ -3,6 +3,6 @@
 from lensfx.run.cache import ActivationCache
 from lensfx.run.hooks import HookPoint
 from lensfx.run.lens import Lens
-from lensfx.run.wrap import default_passes, wrap
+from lensfx.run.wrap import wrap
 
-__all__ = ["ActivationCache", "HookPoint", "Lens", "default_passes", "wrap"]
+__all__ = ["ActivationCache", "HookPoint", "Lens", "wrap"]

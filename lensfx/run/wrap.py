@@ -16,20 +16,7 @@ from lensfx.rewrite.rule import Pass
 from lensfx.run.lens import Lens
 from lensfx.run.variants import checked
 
-__all__ = ["default_passes", "wrap"]
-
-
-def default_passes() -> tuple[Pass, ...]:
-    """The passes of `wrap`, in order: canonical forms, folds, centring, hook points."""
-    from lensfx import passes as p
-
-    return (
-        p.CanonicalLinear(),
-        p.CanonicalNorm(),
-        p.FoldNorm(),
-        p.CenterUnembed(),
-        p.InsertHooks(),
-    )
+__all__ = ["wrap"]
 
 
 @one_at_a_time
@@ -65,7 +52,7 @@ def wrap(
 
 
 def _chosen(passes: str | Iterable[Pass] | None) -> tuple[Pass, ...]:
-    *others, hooks = default_passes()
+    *others, hooks = Pipeline.default().passes
     if passes is None:
         return (hooks,)
     if isinstance(passes, str):

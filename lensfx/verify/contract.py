@@ -17,7 +17,7 @@ from torch import Tensor
 from lensfx.errors import PipelineError
 from lensfx.verify.compare import Difference, real_parts, rows
 
-__all__ = ["Contract", "Exact", "Observes", "UpToLogitShift"]
+__all__ = ["AtExample", "Contract", "Exact", "Observes", "UpToLogitShift"]
 
 Output = int | str
 
@@ -28,12 +28,14 @@ class Contract:
 
     `bound` is relative, in float64. A contract with the larger `weakness` promises less.
     `in_float64` says on which tensors `compare` is meant to work: the oracle's, or the model's own.
+    `everywhere` is False where it holds on the example call and the program's own weights only.
     """
 
     name: ClassVar[str]
     bound: ClassVar[float] = 1e-12
     weakness: ClassVar[int]
     in_float64: ClassVar[bool] = True
+    everywhere: ClassVar[bool] = True
 
     def compare(self, reference: Tensor, candidate: Tensor) -> Difference:
         """How far `candidate` is from what is promised of it, given `reference`."""
@@ -164,3 +166,19 @@ class UpToLogitShift(Contract):
         if self.output is None:
             return ()
         return self.output if isinstance(self.output, tuple) else (self.output,)
+
+
+@dataclass(frozen=True)
+class AtExample(Contract):
+    """Outputs are the same real numbers on the example call; on others they are another function.
+
+    What is frozen at one call keeps this and no more.
+    """
+
+    name: ClassVar[str] = "at-example"
+    weakness: ClassVar[int] = 3
+    everywhere: ClassVar[bool] = False
+
+    def compare(self, reference: Tensor, candidate: Tensor) -> Difference:
+        """How far two float64 outputs are from each other, by their worst row."""
+        return rows(reference, candidate)

@@ -17,7 +17,7 @@ from lensfx.graph.node import is_op, shape_of
 from lensfx.graph.ops import CASTS, VIEWS
 from lensfx.graph.program import Program
 
-__all__ = ["Scenario", "hard_inputs", "scenarios", "seeded"]
+__all__ = ["Scenario", "hard_inputs", "model_dtype", "scenarios", "seeded", "wide"]
 
 # Small on purpose: a wrong rewrite is wrong at every size, and float64 runs should stay cheap.
 LARGEST = 8
@@ -74,9 +74,9 @@ def _sizes(program: Program) -> Iterator[dict[str, int]]:
     groups: dict[object, set[str]] = {}
     for axis in program.guards.dynamic:
         size = program.example[axis.leaf].shape[axis.axis]
-        wide = max(size, axis.low, 2 + axis.axis * 3)
+        room = max(size, axis.low, 2 + axis.axis * 3)
         symbol = str(axis.symbol)
-        base.setdefault(symbol, max(min(wide, LARGEST, axis.high), axis.low))
+        base.setdefault(symbol, max(min(room, LARGEST, axis.high), axis.low))
         groups.setdefault(symbol, set()).add(symbol)
         groups.setdefault(axis.axis, set()).add(symbol)
     yield base
@@ -160,7 +160,7 @@ def scenarios(program: Program, seed: int = 0) -> Iterator[Scenario]:
     """
     inputs = hard_inputs(program, seed)
     dtype = model_dtype(program)
-    own = {name: _wide(t) for name, t in program.tensors.items()}
+    own = {name: wide(t) for name, t in program.tensors.items()}
     for i, tensors in enumerate(inputs):
         yield Scenario(f"own weights, call {i}", tensors, own, dtype)
     del own
@@ -180,7 +180,8 @@ def model_dtype(program: Program) -> torch.dtype | None:
     return next((t.dtype for t in tensors if t.is_floating_point()), None)
 
 
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
+def wide(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in float64, or complex128; one that is neither real nor complex as it is."""
     if tensor.is_complex():
         return tensor.detach().to(torch.complex128)
     return tensor.detach().double() if tensor.is_floating_point() else tensor.detach()
@@ -190,12 +191,12 @@ def _moved(program: Program, seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed + 1)
     known: dict[int, torch.Tensor] = {}
     for tensor in program.tensors.values():
-        wide = _wide(tensor)
+        drawn = wide(tensor)
         if id(tensor) not in known and isinstance(tensor, torch.nn.Parameter):
-            noise = torch.randn(wide.shape, generator=generator, dtype=torch.float64)
-            spread = 0.1 * wide.abs().mean() + (0.1 if wide.ndim < 2 else 0.0)
-            wide = wide + noise.to(wide.dtype) * spread
-        known.setdefault(id(tensor), wide)
+            noise = torch.randn(drawn.shape, generator=generator, dtype=torch.float64)
+            spread = 0.1 * drawn.abs().mean() + (0.1 if drawn.ndim < 2 else 0.0)
+            drawn = drawn + noise.to(drawn.dtype) * spread
+        known.setdefault(id(tensor), drawn)
     return {name: known[id(tensor)] for name, tensor in program.tensors.items()}
 
 

@@ -24,7 +24,6 @@ from lensfx.graph.guards import Guards
 from lensfx.graph.signature import Leaf, Signature
 from lensfx.rewrite import Pipeline
 from lensfx.rewrite.bind import bind
-from lensfx.run.wrap import default_passes
 
 torch.set_num_threads(1)
 
@@ -189,7 +188,7 @@ def test_bound_to_a_module_it_is_that_model(build: Any, rewritten: bool) -> None
     model = real()
     program = traced(build(), ids(2, 7))
     if rewritten:
-        default = Pipeline(default_passes())
+        default = Pipeline.default()
         want = default.run(capture(model, ids(2, 7)))
         program = bind(default.run(program), model)
         assert want.tensors.keys() == program.tensors.keys()
@@ -270,7 +269,7 @@ def test_a_model_wholly_on_meta_needs_its_buffers() -> None:
 
 
 def test_wrong_weights_are_refused_by_name() -> None:
-    program = Pipeline(default_passes()).run(traced(empty(), ids(2, 7)))
+    program = Pipeline.default().run(traced(empty(), ids(2, 7)))
     state = real().state_dict()
     short = {k: v for k, v in state.items() if not k.startswith("blocks.1")}
     with pytest.raises(RewriteError, match=r"do not hold blocks\.1\.") as raised:

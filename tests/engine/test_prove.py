@@ -19,7 +19,6 @@ from lensfx import ContractError, Lens, LensError, Pipeline, Program, capture
 from lensfx.graph import graph_text, native_name
 from lensfx.rewrite import Any as AnyNode
 from lensfx.rewrite import Edit, Match, Op
-from lensfx.run import default_passes
 from lensfx.verify import Exact, Observes, UpToLogitShift, check, hard_inputs, prove
 from lensfx.verify.inputs import scenarios
 
@@ -44,7 +43,7 @@ def whole(request: pytest.FixtureRequest) -> Whole:
     args, kwargs = case.inputs(2, 7, 0)
     model = case.build()
     captured = capture(model, *args, **kwargs)
-    return Whole(model, captured, Pipeline(default_passes()).run(captured))
+    return Whole(model, captured, Pipeline.default().run(captured))
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -69,7 +68,7 @@ def test_a_lens_is_its_model_up_to_a_shift_of_the_logits(whole: Whole) -> None:
 
 
 def test_a_second_run_changes_nothing(whole: Whole) -> None:
-    for entry in default_passes():
+    for entry in Pipeline.default().passes:
         again = Pipeline([entry]).rewrite(replace(whole.program, reports=()))
         assert again.reports[-1].fired == ()
         assert graph_text(again.graph) == graph_text(whole.program.graph)
@@ -97,7 +96,7 @@ def test_other_dtypes(name: str, dtype: torch.dtype) -> None:
     case = CASES[name]
     args, kwargs = case.inputs(2, 7, 0)
     model = case.build().to(dtype)
-    program = Pipeline(default_passes()).run(capture(model, *args, **kwargs))
+    program = Pipeline.default().run(capture(model, *args, **kwargs))
     proved = prove(program)
     assert proved.worst <= 1e-12
     assert proved.drift <= 4
@@ -203,7 +202,7 @@ def test_a_program_that_no_pass_changed_needs_no_proof() -> None:
 
 
 def test_weights_of_less_precision_show_as_drift() -> None:
-    program = Pipeline(default_passes()[-1:]).run(lookup())
+    program = Pipeline(Pipeline.default().passes[-1:]).run(lookup())
     assert prove(program).drift == 1.0
     rounded = {k: t.detach().bfloat16().float() for k, t in program.tensors.items()}
     assert prove(replace(program, tensors=rounded)).drift > 1e3
@@ -310,7 +309,7 @@ def test_ids_that_are_computed_from_an_input_are_taken_from_the_example() -> Non
     program = lookup(shift=6)
     for (ids,) in hard_inputs(program):
         assert set(ids.flatten().tolist()) <= set(program.example[0].flatten().tolist())
-    assert prove(Pipeline(default_passes()).run(program)).worst <= 1e-12
+    assert prove(Pipeline.default().run(program)).worst <= 1e-12
 
 
 def test_other_inputs_follow_the_example() -> None:

@@ -18,7 +18,7 @@ from torch import fx
 from lensfx import ContractError, Lens, Pipeline, PipelineError, Program
 from lensfx.analysis import Proof
 from lensfx.graph import graph_text, native_name
-from lensfx.rewrite import Edit, Match
+from lensfx.rewrite import At, Match
 from lensfx.verify import Exact, UpToLogitShift, check, prove
 
 aten = torch.ops.aten
@@ -275,46 +275,37 @@ def test_an_output_that_is_not_there_is_an_error() -> None:
 # faults
 
 
-def wrong_axis(m: Match, edit: Edit) -> None:
-    at = edit.before(m.root)
-    W = at.call(aten.sub.Tensor, m.W, at.call(aten.mean.dim, m.W, [1], True))
-    at.set(m.root, weight=W)
-    edit.remark(m.evidence, shifted=m.outputs)
+def wrong_axis(m: Match, at: At) -> Changed:
+    return {"weight": at.call(aten.sub.Tensor, m.W, at.call(aten.mean.dim, m.W, [1], True))}
 
 
-def only_the_weight(m: Match, edit: Edit) -> None:
-    at = edit.before(m.root)
-    at.set(m.root, weight=at.call(aten.sub.Tensor, m.W, at.call(aten.mean.dim, m.W, [0], True)))
-    edit.remark(m.evidence, shifted=m.outputs)
+def only_the_weight(m: Match, at: At) -> Changed:
+    return {"weight": right(m, at)["weight"]}
 
 
-def only_the_bias(m: Match, edit: Edit) -> None:
-    at = edit.before(m.root)
-    at.set(m.root, bias=at.call(aten.sub.Tensor, m.b, at.call(aten.mean.dim, m.b, [0], True)))
-    edit.remark(m.evidence, shifted=m.outputs)
+def only_the_bias(m: Match, at: At) -> Changed:
+    return {"bias": at.call(aten.sub.Tensor, m.b, at.call(aten.mean.dim, m.b, [0], True))}
 
 
-def twice_the_mean(m: Match, edit: Edit) -> None:
-    at = edit.before(m.root)
+def twice_the_mean(m: Match, at: At) -> Changed:
     mean = at.call(aten.mean.dim, m.W, [0], True)
-    at.set(m.root, weight=at.call(aten.sub.Tensor, m.W, mean, alpha=2))
-    edit.remark(m.evidence, shifted=m.outputs)
+    return {"weight": at.call(aten.sub.Tensor, m.W, mean, alpha=2)}
 
 
-def one_row(m: Match, edit: Edit) -> None:
-    module_replace(m, edit)
-    at = edit.before(m.root)
-    W, row = m.root.args[1], at.call(aten.select.int, m.W, 0, 0)
-    at.set(m.root, weight=at.call(aten.select_scatter.default, W, row, 0, 0))
+def one_row(m: Match, at: At) -> Changed:
+    changed = right(m, at)
+    row = at.call(aten.select.int, m.W, 0, 0)
+    W = at.call(aten.select_scatter.default, changed["weight"], row, 0, 0)
+    return {**changed, "weight": W}
 
 
-def scaled(m: Match, edit: Edit) -> None:
-    module_replace(m, edit)
-    at = edit.before(m.root)
-    at.set(m.root, weight=at.call(aten.mul.Tensor, m.root.args[1], 1 + 1e-9))
+def scaled(m: Match, at: At) -> Changed:
+    changed = right(m, at)
+    return {**changed, "weight": at.call(aten.mul.Tensor, changed["weight"], 1 + 1e-9)}
 
 
-module_replace = module.replace
+Changed = dict[str, fx.Node]
+right = module.centred
 FAULTS = (wrong_axis, only_the_weight, only_the_bias, twice_the_mean, one_row, scaled)
 
 
@@ -345,13 +336,13 @@ def assert_blamed(after: Program, path: str) -> None:
 @pytest.mark.parametrize("vocab", [VOCAB, WIDTH])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_at_one_head_is_found_and_blamed_on_it(
-    fault: Callable[[Match, Edit], None], vocab: int, place: int, monkeypatch: pytest.MonkeyPatch
+    fault: Callable[[Match, At], Changed], vocab: int, place: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def planted(m: Match, edit: Edit) -> None:
+    def planted(m: Match, at: At) -> Changed:
         here = f"heads.{place}" in str(m.root.meta["nn_module_stack"])
-        (fault if here else module_replace)(m, edit)
+        return (fault if here else right)(m, at)
 
-    monkeypatch.setattr(module, "replace", planted)
+    monkeypatch.setattr(module, "centred", planted)
     assert_blamed(centred(heads(vocab)), f"heads.{place}")
 
 
@@ -360,7 +351,7 @@ def test_the_wrong_axis_is_found_where_it_changes_nothing(
     vocab: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The sum of a normed row is 0, so that the columns' mean is seen by nobody."""
-    monkeypatch.setattr(module, "replace", wrong_axis)
+    monkeypatch.setattr(module, "centred", wrong_axis)
     assert_blamed(centred(heads(vocab, normed=True)), "heads.0")
 
 

@@ -20,7 +20,6 @@ from torch import Tensor, fx
 from lensfx import ContractError, Lens, Pipeline, Program, capture
 from lensfx.graph import graph_text, is_hook, native_name
 from lensfx.rewrite import Edit, Match, Rule, Sites
-from lensfx.run import default_passes
 from lensfx.verify import Observes, check, prove
 
 aten = torch.ops.aten
@@ -201,7 +200,7 @@ EXPECTED = {
 def case(request: pytest.FixtureRequest) -> tuple[str, Lens, Any]:
     found = CASES[request.param]
     args, kwargs = found.inputs(2, 7, 0)
-    program = Pipeline(default_passes()).run(capture(found.build(), *args, **kwargs))
+    program = Pipeline.default().run(capture(found.build(), *args, **kwargs))
     return request.param, Lens(program), (args, kwargs)
 
 

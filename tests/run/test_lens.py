@@ -286,7 +286,7 @@ def test_wrap_takes_passes_in_the_forms_that_people_write() -> None:
         return [report.name for report in lens.program.reports]
 
     default = ["canonical-linear", "canonical-norm", "fold-norm", "center-unembed", "insert-hooks"]
-    assert ran("default") == [q.name for q in lensfx.run.default_passes()]
+    assert ran("default") == [q.name for q in lensfx.Pipeline.default().passes]
     assert set(default) <= set(ran("default"))
     assert ran(None) == ran(()) == ["insert-hooks"]
     assert ran((p.CanonicalNorm(),)) == ["canonical-norm", "insert-hooks"]

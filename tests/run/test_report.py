@@ -36,7 +36,7 @@ def refused() -> lensfx.Lens:
 
 def test_passes_are_found_by_class_name(proved: lensfx.Lens) -> None:
     found = proved.report.passes
-    assert list(found) == [type(q).__name__ for q in lensfx.run.default_passes()]
+    assert list(found) == [type(q).__name__ for q in lensfx.Pipeline.default().passes]
     assert [e.path for e in found["FoldNorm"].fired] == [
         "blocks.1.norm2", "blocks.1.norm1", "blocks.0.norm2", "blocks.0.norm1"
     ]  # fmt: skip

@@ -13,7 +13,6 @@ import lensfx
 from lensfx.analysis.structure import Structure, structure
 from lensfx.graph.node import argument
 from lensfx.graph.program import Program
-from lensfx.run.wrap import default_passes
 
 from .architectures import Architecture
 from .builder import Built, build
@@ -166,7 +165,7 @@ def captured(built: Built) -> Program:
 
 def canonical(program: Program) -> Program:
     """The program after the canonical passes and the fold of norms."""
-    return lensfx.Pipeline(default_passes()[:3]).run(program)
+    return lensfx.Pipeline(lensfx.Pipeline.default().passes[:3]).run(program)
 
 
 def compared(built: Built, program: Program) -> Record:
