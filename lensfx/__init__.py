@@ -11,8 +11,8 @@ from lensfx.errors import (
     RewriteError,
     UnknownNameError,
 )
+from lensfx.graph.bind import bind
 from lensfx.graph.program import Program
-from lensfx.rewrite.bind import bind
 from lensfx.rewrite.explain import explain
 from lensfx.rewrite.pipeline import Pipeline
 from lensfx.run import ActivationCache, HookPoint, Lens, wrap

@@ -33,12 +33,19 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Formula:
-    """How a tensor follows from the parameters it came from."""
+    """How a tensor follows from the parameters it came from.
+
+    `over` says of sources that are no parameters of the model what they are: the formula of one
+    that was folded earlier, or the tensor itself.
+    """
 
     name: str
     text: str
     sources: tuple[str, ...]
     graph: fx.Graph = field(compare=False, repr=False)
+    over: Mapping[str, Formula | torch.Tensor] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,8 @@ class Rewrite:
 class Source:
     """What capture noticed: the model's class, notes, names nobody reads, modules left opaque.
 
-    `opaque` maps the path of each such module to what kept it from being traced.
+    `opaque` maps the path of each such module to what kept it from being traced. `buffers` says
+    of each buffer whether a state dict holds it, where the program no longer knows its model.
     """
 
     model: str
@@ -97,6 +105,7 @@ class Source:
     unread: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
     opaque: Mapping[str, str] = field(default_factory=dict)
+    buffers: Mapping[str, bool] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -181,6 +190,22 @@ class Program:
         """Each trainable tensor of the program once, in the order of first use."""
         found = {id(t): t for t in self.tensors.values() if isinstance(t, torch.nn.Parameter)}
         return list(found.values())
+
+    def with_weights(self, weights: Any, *, strict: bool = True) -> Program:
+        """The same program of another checkpoint of the model; nothing is captured again.
+
+        `weights` is a state dict, a module, or the path of a safetensors file, of an index or of
+        a directory of shards. Every parameter and persistent buffer is replaced, and what passes
+        folded is computed again, one tensor at a time; other tensors stay. Names that the model
+        does not have are refused, unless `strict=False`. Tensors of a dict or a module are
+        shared; read from files, the program before folding is left without weights.
+
+        Raises: RewriteError that lists every tensor that is missing, unexpected, or of another
+        shape or dtype.
+        """
+        from lensfx.graph.bind import with_weights
+
+        return with_weights(self, weights, strict=strict)
 
     def with_graph(self, graph: fx.Graph, **changes: Any) -> Program:
         """The program with another graph and, if given, other fields."""

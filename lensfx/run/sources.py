@@ -7,9 +7,9 @@ import warnings
 
 import torch
 
+from lensfx.graph.blocks import evaluate
 from lensfx.graph.node import outputs_of
 from lensfx.graph.program import Program
-from lensfx.rewrite.blocks import evaluate
 
 __all__ = ["FoldedSources", "callers_level"]
 
@@ -24,6 +24,12 @@ def callers_level() -> int:
 
 def _is_own(module: str) -> bool:
     return module.partition(".")[0] in ("lensfx", "contextlib", "torch")
+
+
+def _state(tensor: torch.Tensor) -> object:
+    if isinstance(tensor, torch.nn.Parameter) or tensor.ndim > 1 or tensor.is_meta:
+        return tensor._version
+    return tensor._version, tuple(tensor.tolist() if tensor.ndim else [tensor.item()])
 
 
 class FoldedSources:
@@ -46,8 +52,9 @@ class FoldedSources:
             tensor = program.tensors[name]
             self._own.setdefault(id(tensor), tensor._version)
 
-    def _versions(self, name: str) -> list[int]:
-        return [self._base.tensors[s]._version for s in self._sources[name]]
+    def _versions(self, name: str) -> list[object]:
+        """What tells that a source was written to; torch does not count writes of statistics."""
+        return [_state(self._base.tensors[s]) for s in self._sources[name]]
 
     def written(self) -> dict[str, torch.Tensor]:
         """The folded parameters that somebody has written to since they were computed."""

@@ -20,10 +20,10 @@ from lensfx.capture.modes import CallLog, tracing
 from lensfx.capture.normal_form import normal_form
 from lensfx.errors import RewriteError
 from lensfx.graph import Program, Source, graph_text
+from lensfx.graph.bind import bind
 from lensfx.graph.guards import Guards
 from lensfx.graph.signature import Leaf, Signature
 from lensfx.rewrite import Pipeline
-from lensfx.rewrite.bind import bind
 
 torch.set_num_threads(1)
 

@@ -14,7 +14,7 @@ from lensfx.graph.node import argument, is_op
 __all__ = ["evaluate"]
 
 aten = torch.ops.aten
-BLOCK = 1 << 20
+BLOCK = 1 << 18
 
 _POINTWISE = frozenset(
     {
@@ -46,21 +46,28 @@ def evaluate(
 ) -> torch.Tensor:
     """The value of a parameter expression, computed in float64 and rounded once to `dtype`.
 
-    Matrices of more than a million entries go through in blocks of rows where every operator on
+    Matrices of more than BLOCK entries go through in blocks of rows where every operator on
     the way works row by row, so that beside the result only one block is held in float64.
     """
     memo: dict[fx.Node, Any] = {}
-    with torch.no_grad():
-        for node in _ordered(root):
-            memo[node] = _value(node, memo, leaf)
-        value = memo[root]
-        if isinstance(value, _Rows):
-            out = value.rows(0, 1).new_empty(value.shape, dtype=dtype)
-            for a, b in value.blocks():
-                out[a:b] = value.rows(a, b)
-            return out
-        if isinstance(value, torch.Tensor):
-            return value.to(dtype).clone(memory_format=torch.contiguous_format)
+    try:
+        with torch.no_grad():
+            for node in _ordered(root):
+                memo[node] = _value(node, memo, leaf)
+            return _rounded(root, memo[root], dtype)
+    finally:
+        # Rows know the memo they are made from, and that circle would keep every input alive.
+        memo.clear()
+
+
+def _rounded(root: fx.Node, value: Any, dtype: torch.dtype) -> torch.Tensor:
+    if isinstance(value, _Rows):
+        out = value.rows(0, 1).new_empty(value.shape, dtype=dtype)
+        for a, b in value.blocks():
+            out[a:b] = value.rows(a, b)
+        return out
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype).clone(memory_format=torch.contiguous_format)
     raise TypeError(f"{root} is not a tensor")
 
 
@@ -127,10 +134,27 @@ def _by_rows(node: fx.Node, memo: Mapping[fx.Node, Any]) -> Any:
         return _pointwise(node, memo, first)
     if is_op(node, aten.mv.default) and large == [node.args[0]]:
         vector = memo[argument(node, "vec")]
-        return torch.cat([first.rows(a, b) @ vector for a, b in first.blocks()])
+        return _gathered(first, lambda block: block @ vector, (first.shape[0],))
     if is_op(node, aten.mean.dim):
         return _mean(node, first)
     return None
+
+
+def _gathered(
+    matrix: _Rows, of_block: Callable[[torch.Tensor], torch.Tensor], shape: tuple[int, ...]
+) -> torch.Tensor:
+    """What is made of each block of rows, one under the other.
+
+    Written into one tensor: small results that stay alive between the blocks would cut up the
+    memory that the blocks leave behind.
+    """
+    out: torch.Tensor | None = None
+    for a, b in matrix.blocks():
+        part = of_block(matrix.rows(a, b))
+        out = part.new_empty(shape) if out is None else out
+        out[a:b] = part
+    assert out is not None
+    return out
 
 
 def _pointwise(node: fx.Node, memo: Mapping[fx.Node, Any], like: _Rows) -> _Rows | None:
@@ -166,7 +190,7 @@ def _mean(node: fx.Node, matrix: _Rows) -> torch.Tensor | None:
     if axes is None or len(axes) != 1:
         return None
     if axes[0] % 2 == 1:
-        parts = [matrix.rows(a, b).mean(1, keepdim=keep) for a, b in matrix.blocks()]
-        return torch.cat(parts)
+        shape = (matrix.shape[0], 1) if keep else (matrix.shape[0],)
+        return _gathered(matrix, lambda block: block.mean(1, keepdim=keep), shape)
     total = sum(matrix.rows(a, b).sum(0, keepdim=keep) for a, b in matrix.blocks())
     return torch.as_tensor(total) / matrix.shape[0]
