@@ -11,6 +11,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from lensfx.errors import RewriteError
+from lensfx.graph.formula import formula_of
 from lensfx.graph.names import free_name, native_name
 from lensfx.graph.node import (
     arguments,
@@ -26,7 +27,6 @@ from lensfx.graph.ops import constructs, is_hook, is_impure, readers
 from lensfx.graph.program import Change, Rewrite
 from lensfx.graph.views import same_shape
 from lensfx.rewrite.fakes import Fakes, Unrunnable
-from lensfx.rewrite.formula import formula_of
 
 __all__ = ["At", "Edit"]
 

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Mapping
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
@@ -13,6 +14,10 @@ from lensfx.errors import RewriteError
 from lensfx.graph.node import value_of, where
 
 __all__ = ["Fakes", "Unrunnable"]
+
+# Torch chooses the kernel of a convolution by how large a size is; what is right does not depend
+# on that. Of any other call it may be part of the result's shape.
+_BOUNDS = (sympy.StrictLessThan, sympy.LessThan, sympy.StrictGreaterThan, sympy.GreaterThan)
 
 
 class Unrunnable(Exception):
@@ -42,20 +47,21 @@ class Fakes:
         vals = fx.node.map_arg((args, dict(kwargs)), _required_value)
         key = (target, _key(vals))
         if key not in self._vals:
-            known = self._known_sizes()
+            known = len(self._guards())
             try:
                 with self._mode or contextlib.nullcontext(), torch.no_grad():
                     self._vals[key] = target(*vals[0], **vals[1])
             except Exception as error:
                 raise Unrunnable(str(error)) from error
-            if self._known_sizes() != known:
+            free = _BOUNDS if "conv" in str(target) else ()
+            if any(not isinstance(g.expr, free) for g in self._guards()[known:]):
                 # Torch takes sizes that coincide in the example for equal; the guards do not.
                 del self._vals[key]
                 raise Unrunnable("two sizes that may differ would have to be equal")
         return self._vals[key]
 
-    def _known_sizes(self) -> int:
-        return len(self._mode.shape_env.guards) if self._mode and self._mode.shape_env else 0
+    def _guards(self) -> list[Any]:
+        return list(self._mode.shape_env.guards) if self._mode and self._mode.shape_env else []
 
 
 def _required_value(node: fx.Node) -> Any:

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from posixpath import commonpath, dirname
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from lensfx.graph.blocks import evaluate
 from lensfx.graph.choice import choices
+from lensfx.graph.formula import formula_of
 from lensfx.graph.names import free_name
-from lensfx.graph.node import arguments, dtype_of, is_weight, shape_of
-from lensfx.graph.program import Program, copy_graph, remove_dead
+from lensfx.graph.node import arguments, dtype_of, is_op, is_weight, shape_of
+from lensfx.graph.ops import CASTS
+from lensfx.graph.program import Formula, Program, copy_graph, remove_dead
 from lensfx.graph.views import same_shape
-from lensfx.rewrite.blocks import evaluate
-from lensfx.rewrite.formula import formula_of
 
 __all__ = ["fold"]
 
 aten = torch.ops.aten
 _SLACK = 1e-4
+_JOINS = (aten.cat.default, aten.stack.default)
 
 
 def fold(program: Program) -> Program:
@@ -42,7 +45,7 @@ def fold(program: Program) -> Program:
     names = _names(graph, roots)
     for root in roots:
         name = names[root]
-        formula = formula_of(name, root)
+        formula = _formula(name, root, program)
         value = evaluate(root, lambda n: program.tensors[str(n.target)], _dtype(root))
         grad = any(program.tensors[s].requires_grad for s in formula.sources)
         is_param = any(isinstance(program.tensors[s], nn.Parameter) for s in formula.sources)
@@ -75,18 +78,50 @@ def _loosen(graph: fx.Graph, rewritten: bool) -> None:
 
 
 def _roots(graph: fx.Graph) -> list[fx.Node]:
-    """Weight expressions holding at least one node of a pass, read by something that is none."""
+    """Weight expressions holding at least one node of a pass, read by something that is none.
+
+    Where the model itself rounds a weight, as to eight bits, that is a part of what it computes:
+    such an expression stays one.
+    """
     made: dict[fx.Node, bool] = {}
+    rounded: set[fx.Node] = set()
     for node in graph.nodes:
         if is_weight(node):
+            if _narrows(node) or not rounded.isdisjoint(node.all_input_nodes):
+                rounded.add(node)
             made[node] = "lensfx" in node.meta or any(
                 made.get(n, False) for n in node.all_input_nodes
             )
     return [
         n
         for n, own in made.items()
-        if own and dtype_of(n) is not None and any(not is_weight(u) for u in n.users)
+        if own
+        and n not in rounded
+        and dtype_of(n) is not None
+        and any(not is_weight(u) for u in n.users)
     ]
+
+
+def _formula(name: str, root: fx.Node, program: Program) -> Formula:
+    """The formula of a root, with what its sources are where no checkpoint holds them."""
+    formula = formula_of(name, root)
+    over: dict[str, Formula | torch.Tensor] = {}
+    for source in formula.sources:
+        tensor = program.tensors[source]
+        if source in program.formulas:
+            over[source] = program.formulas[source]
+        elif not isinstance(tensor, nn.Parameter):
+            over[source] = tensor
+    return replace(formula, over=MappingProxyType(over))
+
+
+def _narrows(node: fx.Node) -> bool:
+    """Whether a cast of the model takes digits off a weight."""
+    if "lensfx" in node.meta or not is_op(node, *CASTS) or not node.all_input_nodes:
+        return False
+    before, after = dtype_of(node.all_input_nodes[0]), dtype_of(node)
+    real = [d for d in (before, after) if d is not None and d.is_floating_point]
+    return len(real) == 2 and torch.finfo(real[1]).eps > torch.finfo(real[0]).eps
 
 
 def _dtype(node: fx.Node) -> torch.dtype:
@@ -144,17 +179,27 @@ def _read_only_by(leaf: fx.Node, folded: set[fx.Node]) -> bool:
 
 
 def _beside(root: fx.Node) -> str | None:
-    """A name for a parameter that did not exist: `q.bias` beside the `q.weight` of its reader."""
+    """A name for a parameter that did not exist: `q.bias` beside the `q.weight` of its reader.
+
+    What is made of the weights of several modules is named after the module around them.
+    """
     for reader in root.users:
         if reader.op != "call_function" or not hasattr(reader.target, "_schema"):
             continue
         given = arguments(reader)
         role = next((k for k, v in given.items() if v is root), None)
-        weight = given.get("weight")
-        leaf = weight
-        while isinstance(leaf, fx.Node) and leaf.op != "get_attr":
-            leaf = next((a for a in leaf.args if isinstance(a, fx.Node)), None)
-        if role is not None and isinstance(leaf, fx.Node):
-            prefix = str(leaf.target).rpartition(".")[0]
+        leaves = [leaf.replace(".", "/") for leaf in _leaves(given.get("weight"))]
+        if role is not None and leaves:
+            prefix = commonpath([dirname(leaf) for leaf in leaves]).replace("/", ".")
             return f"{prefix}.{role}" if prefix else role
     return None
+
+
+def _leaves(weight: Any) -> list[str]:
+    """The matrices that a weight is made of side by side; one it is a changed copy of is alone."""
+    if not isinstance(weight, fx.Node):
+        return []
+    if weight.op == "get_attr":
+        return [str(weight.target)]
+    inputs = weight.all_input_nodes
+    return [leaf for n in (inputs if is_op(weight, *_JOINS) else inputs[:1]) for leaf in _leaves(n)]

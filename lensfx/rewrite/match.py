@@ -37,12 +37,14 @@ Env = dict[str, typing.Any]
 class Miss:
     """Why a pattern does not match: the reason in words and the node to blame.
 
-    `at_site` is set where the producer matched and one of its readers did not.
+    `at_site` is set where the producer matched and one of its readers did not. `site` is where the
+    rule would have fired, if that is not the node to blame.
     """
 
     reason: str
     node: fx.Node
     at_site: bool = False
+    site: fx.Node | None = None
 
 
 @dataclass(frozen=True)

@@ -132,9 +132,13 @@ class EveryReader:
 
 @dataclass(frozen=True)
 class Sites:
-    """The places an analysis finds in a whole program, each a Match, or a Miss that is reported."""
+    """The places an analysis finds in a whole program, each a Match, or a Miss that is reported.
+
+    A `live` one is asked for the next place when the one before it was rewritten.
+    """
 
     find: Callable[[typing.Any], Iterable[typing.Any]]
+    live: bool = False
 
 
 Pattern = Any | Param | Const | Ref | Maybe | OneOf | Op | Through | EveryReader

@@ -30,6 +30,8 @@ class Pipeline:
     """
 
     def __init__(self, passes: Iterable[Pass], *, strict: bool = False) -> None:
+        if isinstance(passes, Pass) or not isinstance(passes, Iterable):
+            raise PipelineError(f"{passes!r} is no list of passes", hint=f"Pipeline([{passes!r}])")
         self.passes = tuple(passes)
         self.strict = strict
         for entry in self.passes:
@@ -38,22 +40,39 @@ class Pipeline:
                     f"{entry!r} is not a pass",
                     hint="a pipeline takes instances such as passes.FoldNorm()",
                 )
+            if not (entry.expect is None or (type(entry.expect) is int and entry.expect >= 0)):
+                raise PipelineError(f"{entry.name} has expect={entry.expect!r}, which is no count")
         _check_order(self.passes, ())
 
     @classmethod
-    def default(cls) -> Pipeline:
-        """What `wrap` runs: canonical forms, folds, centring, hook points."""
+    def default(
+        cls,
+        *,
+        fold_ln: bool = True,
+        center_writing_weights: bool = True,
+        center_unembed: bool = True,
+        fold_value_biases: bool = True,
+        refactor_factored_attn_matrices: bool = False,
+    ) -> Pipeline:
+        """What `wrap` runs: canonical forms, folds, centring, hook points.
+
+        The options are those of TransformerLens' processing of weights, each one pass: FoldNorm,
+        CenterWriters, CenterUnembed, FoldValueBias, RefactorAttention.
+        """
         from lensfx import passes as p
 
-        return cls(
-            (
-                p.CanonicalLinear(),
-                p.CanonicalNorm(),
-                p.FoldNorm(),
-                p.CenterUnembed(),
-                p.InsertHooks(),
-            )
-        )
+        chosen: list[tuple[bool, type[Pass]]] = [
+            (fold_ln, p.FoldNorm),
+            (center_writing_weights, p.CenterWriters),
+            (center_unembed, p.CenterUnembed),
+            (fold_value_biases, p.FoldValueBias),
+            (refactor_factored_attn_matrices, p.RefactorAttention),
+        ]
+        for wanted, kind in chosen:
+            if not isinstance(wanted, bool):
+                raise PipelineError(f"{wanted!r} says neither True nor False to {kind.__name__}")
+        folds = [kind() for wanted, kind in chosen if wanted]
+        return cls((p.CanonicalLinear(), p.CanonicalNorm(), *folds, p.InsertHooks()))
 
     @one_at_a_time
     def run(self, program: Program) -> Program:
@@ -121,10 +140,12 @@ def apply(entry: Pass, program: Program, limit: int | None = None) -> Program:
         return _reported(entry, program, program.graph, (), left_alone)
     graph, _ = copy_graph(program.graph)
     edit = Edit(graph, entry.name, len(program.journal), program.tensors)
+    written = {name: t._version for name, t in program.tensors.items()}
     working = program.with_graph(graph)
     refused: list[Refusal] = []
     for rule in entry.rules:
         _sweep(rule, working, edit, refused, limit)
+    _refuse_writes(entry, program, written)
     remove_dead(graph)
     try:
         graph.lint()
@@ -132,6 +153,15 @@ def apply(entry: Pass, program: Program, limit: int | None = None) -> Program:
         raise RewriteError(f"{entry.name} left a broken graph: {error}") from error
     program = replace(program, tensors=_with(program.tensors, edit.added))
     return _reported(entry, program, graph, _living(edit.journal, graph), refused)
+
+
+def _refuse_writes(entry: Pass, program: Program, before: Mapping[str, int]) -> None:
+    changed = [name for name, t in program.tensors.items() if t._version != before[name]]
+    if changed:
+        raise RewriteError(
+            f"{entry.name} wrote to {changed[0]}, a tensor of the model itself",
+            hint="a pass adds nodes that compute a new value, and writes to none",
+        )
 
 
 def _with(
@@ -186,16 +216,28 @@ def _reason(rule: Rule, found: Match | Miss) -> _Reason | None:
     """Why a rule does not fire on what was found; empty words where that is nobody's business."""
     if isinstance(found, Miss):
         return _Reason(found.reason if found.at_site else "", found.node)
-    words = rule.unless(found)
+    try:
+        words = rule.unless(found)
+    except LensError:
+        raise
+    except Exception as error:
+        raise RewriteError(
+            f"a rule failed to say whether it applies: {type(error).__name__}: {error}",
+            at=where(found.root),
+            hint="its `unless` has to answer for whatever its pattern finds",
+        ) from error
     return None if words is None else _Reason(words, found.root)
 
 
 def _living(journal: list[Rewrite], graph: fx.Graph) -> tuple[Rewrite, ...]:
-    """The journal without claims on values that a later rewrite of the pass replaced in turn."""
+    """The journal without claims on values that a later rewrite of the pass replaced or changed."""
     names = {n.name for n in graph.nodes}
-    return tuple(
-        replace(entry, sites=tuple(s for s in entry.sites if s[1] in names)) for entry in journal
-    )
+    living: list[Rewrite] = []
+    for entry in reversed(journal):
+        sites = tuple(s for s in entry.sites if s[1] in names)
+        living.append(replace(entry, sites=sites))
+        names -= {c.value for c in entry.changes} - {name for name, _ in entry.shifts}
+    return tuple(reversed(living))
 
 
 def _sweep(
@@ -215,8 +257,9 @@ def _sweep(
 def _found(rule: Rule, program: Program) -> Iterator[tuple[fx.Node, Match | Miss]]:
     """Every root with what was found there, from the outputs backwards, as the graph is now."""
     if isinstance(rule.pattern, Sites):
-        for site in list(rule.pattern.find(program)):
-            yield (site.node if isinstance(site, Miss) else site.root), site
+        found = rule.pattern.find(program)
+        for site in found if rule.pattern.live else list(found):
+            yield (site.site or site.node if isinstance(site, Miss) else site.root), site
         return
     targets = dict.fromkeys(root_targets(rule.pattern))
     roots = [n for t in targets for n in _calls(program.graph, t)]

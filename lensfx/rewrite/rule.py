@@ -81,4 +81,4 @@ class Pass:
     @property
     def name(self) -> str:
         """The class name in kebab-case: `fold-norm`."""
-        return re.sub(r"(?<!^)(?=[A-Z])", "-", type(self).__name__).lower()
+        return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", type(self).__name__).lower()

@@ -16,11 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lensfx.capture import capture
 from lensfx.graph import Program
+from lensfx.graph.blocks import evaluate
 from lensfx.rewrite import Edit, Match, Maybe, Op, Param, Pipeline, fold
-from lensfx.rewrite.blocks import evaluate
 
 aten = torch.ops.aten
-blocks = importlib.import_module("lensfx.rewrite.blocks")
+blocks = importlib.import_module("lensfx.graph.blocks")
 
 
 def folded(program: Program) -> Program:
