@@ -30,8 +30,10 @@ __all__ = [
     "along",
     "fingerprint",
     "groups",
+    "indexed",
     "is_one",
     "lifted",
+    "order_of",
     "renumbered",
     "same_size",
 ]
@@ -262,11 +264,16 @@ def _permutation(target: Any, rank: int, args: tuple[Any, ...]) -> tuple[int, ..
     return tuple(size - 2 for size in target(told_apart, *args).shape)
 
 
-def carry_permute(read: Read) -> Outcome:
-    """Transposes and permutes: tried once on a tensor whose sizes tell its axes apart."""
-    given = [argument(read.node, name) for name in schema_names(read.node.target)[1:]]
+def order_of(view: fx.Node, rank: int) -> tuple[int, ...]:
+    """Which axis of its input each axis of a transpose or permute is, tried on one tensor."""
+    given = [argument(view, name) for name in schema_names(view.target)[1:]]
     args = tuple(tuple(a) if isinstance(a, list | tuple) else a for a in given)
-    return Carry(renumbered(read.axes, _permutation(read.node.target, len(read.shape), args)))
+    return _permutation(view.target, rank, args)
+
+
+def carry_permute(read: Read) -> Outcome:
+    """Transposes and permutes: the sizes of the tried tensor tell its axes apart."""
+    return Carry(renumbered(read.axes, order_of(read.node, len(read.shape))))
 
 
 def carry_select(read: Read) -> Outcome:
@@ -290,12 +297,25 @@ def carry_expand(read: Read) -> Outcome:
     return Carry(read.moved())
 
 
-def carry_index(read: Read) -> Outcome:
-    """Tensor indices: their own axes stand in for the axes they index."""
+@dataclass(frozen=True)
+class Indexed:
+    """What `index` does: `order[new axis]` is the old axis or None, `taken` are the axes indexed.
+
+    The axes of the indices stand at `at` and the `new - 1` axes behind it.
+    """
+
+    order: list[int | None]
+    taken: Axes
+    at: int
+    new: int
+
+
+def indexed(indices: Sequence[Any], rank: int, out: int) -> Indexed:
+    """Where `index` puts the axes of a value of that many axes, `out` in the result."""
     kept: list[int | None] = []
     places: set[int] = set()
     taken: set[int] = set()
-    axis, indices = 0, read.arg("indices")
+    axis = 0
     for index in indices:
         if index is None:
             kept.append(axis)
@@ -305,14 +325,21 @@ def carry_index(read: Read) -> Outcome:
         places.add(len(kept))
         taken.update(range(axis, axis + width))
         axis += width
-    kept.extend(range(axis, len(read.shape)))
-    new = len(read.out) - len(kept)
+    kept.extend(range(axis, rank))
+    new = out - len(kept)
     # Indices that are not adjacent put their axes first.
     at = min(places) if len(places) == 1 else 0
-    block = frozenset(range(at, at + new))
-    if not read.axes.issuperset(taken):
-        block &= _alike(read, [i for i in indices if i is not None], at, new)
-    found = block | renumbered(read.axes, [*kept[:at], *([None] * new), *kept[at:]])
+    return Indexed([*kept[:at], *([None] * new), *kept[at:]], frozenset(taken), at, new)
+
+
+def carry_index(read: Read) -> Outcome:
+    """Tensor indices: their own axes stand in for the axes they index."""
+    indices = read.arg("indices")
+    to = indexed(indices, len(read.shape), len(read.out))
+    block = frozenset(range(to.at, to.at + to.new))
+    if not read.axes.issuperset(to.taken):
+        block &= _alike(read, [i for i in indices if i is not None], to.at, to.new)
+    found = block | renumbered(read.axes, to.order)
     return Carry(found, f"%{read.node.name} picks entries along the axes it is constant along")
 
 

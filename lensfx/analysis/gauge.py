@@ -6,20 +6,19 @@ on as a shift of its own result, or sees it; the value's shift is dead if nobody
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from lensfx.analysis.axes import Axes, Carry, Kill, Outcome, Read, See, all_axes, is_one, lifted
-from lensfx.analysis.transfer import FILLED, TABLE, transfer
+from lensfx.analysis.axes import Axes, Carry, Kill, Outcome, Read, See, is_one
+from lensfx.analysis.constants import Constants, owner_of, sizes, with_ones
+from lensfx.analysis.transfer import TABLE, transfer
 from lensfx.errors import LensError
 from lensfx.graph.node import argument, is_op, op_name, schema_names, shape_of, where
-from lensfx.graph.ops import METADATA_READS, data_inputs, is_impure, is_random, readers
+from lensfx.graph.ops import METADATA_READS, is_impure, readers
 
 __all__ = ["Allowed", "Gauge", "Proof", "Seen", "Step", "dead", "recheck"]
 
@@ -57,6 +56,19 @@ class Proof:
     steps: tuple[Step, ...]
     leaves: tuple[Step, ...]
 
+    @property
+    def moved(self) -> dict[fx.Node, Axes]:
+        """The values that the shift moves on its way, with the axes along which all move alike."""
+        found = {s.node: s.axes_out for s in self.steps if s.rule == "carry"}
+        means = {s.node: s.axes_in for s in self.leaves if _is_mean(s.node)}
+        return {**found, **means}
+
+    @property
+    def kept(self) -> tuple[fx.Node, ...]:
+        """The values where the shift ends: they stay what they were."""
+        ends = (s.node for s in self.leaves if s.rule == "kill" and not _is_mean(s.node))
+        return tuple(dict.fromkeys(ends))
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -82,8 +94,8 @@ def dead(value: fx.Node, axes: Iterable[int], *, allowed: Allowed | None = None)
     return Gauge(allowed).dead(value, axes)
 
 
-def recheck(proof: Proof) -> None:
-    """Check that the steps leave out no reader of any value that moves.
+def recheck(proof: Proof, by: fx.Node | None = None) -> None:
+    """Check that the steps leave out no reader of any value that moves; of the first, but `by`.
 
     Raises: AssertionError naming the reader that is missing.
     """
@@ -91,8 +103,9 @@ def recheck(proof: Proof) -> None:
     moving = {(proof.value, proof.axes)}
     moving |= {(s.node, s.axes_out) for s in proof.steps if s.rule == "carry"}
     for value, axes in moving:
-        for _, node, _ in _readings(value):
-            if (value, node, axes) not in known:
+        for reader, node, _ in _readings(value):
+            asked = by is None or value is not proof.value or reader is by
+            if asked and (value, node, axes) not in known:
                 raise AssertionError(f"no step says what {where(node)} makes of {where(value)}")
     if set(proof.leaves) != {s for s in proof.steps if s.rule != "carry"}:
         raise AssertionError(f"the leaves are not where the shift of {where(proof.value)} ends")
@@ -108,7 +121,7 @@ class _Moving:
 
     @property
     def says_something(self) -> bool:
-        wide = {a for a, size in enumerate(_shape(self.value)) if not is_one(size)}
+        wide = {a for a, size in enumerate(sizes(self.value)) if not is_one(size)}
         return not wide or not wide.isdisjoint(self.axes)
 
 
@@ -130,23 +143,44 @@ class Gauge:
         self._const = Constants()
         self._edges: dict[_Moving, tuple[_Edge, ...]] = {}
 
-    def dead(self, value: fx.Node, axes: Iterable[int]) -> Proof | Seen:
-        """As `lensfx.analysis.gauge.dead`."""
+    def dead(self, value: fx.Node, axes: Iterable[int], by: fx.Node | None = None) -> Proof | Seen:
+        """As `lensfx.analysis.gauge.dead`; with `by`, of what that reader alone makes of it."""
         root = _question(value, frozenset(axes))
-        if not self._const(value) <= root.axes and self._const.opaque is not value:
-            # The shift breaks what is known to be constant, so that may be used of nothing
-            # that follows from the value.
-            fresh = Gauge(self._allowed)
-            fresh._const = Constants(opaque=value)
-            return fresh.dead(value, axes)
-        return self._walk(root)
+        return self._about(root)._walk(root, by)
 
-    def _walk(self, root: _Moving) -> Proof | Seen:
+    def carried(self, value: fx.Node, axes: Iterable[int]) -> tuple[Step, ...]:
+        """Every step by which the shift goes on, whoever else sees it on the way."""
+        root = _question(value, frozenset(axes))
+        gauge, queue = self._about(root), {root: None}
+        steps: dict[Step, None] = {}
+        stack = [root]
+        while stack:
+            for edge in gauge._readers_of(stack.pop()):
+                if edge.step is not None and edge.then is not None:
+                    steps[edge.step] = None
+                    if edge.then not in queue:
+                        queue[edge.then] = None
+                        stack.append(edge.then)
+        return tuple(steps)
+
+    def _about(self, root: _Moving) -> Gauge:
+        """This gauge, or one that does not take for constant what the shift makes vary."""
+        if self._const(root.value) <= root.axes or self._const.opaque is root.value:
+            return self
+        # The shift breaks what is known to be constant, so that may be used of nothing
+        # that follows from the value.
+        fresh = Gauge(self._allowed)
+        fresh._const = Constants(opaque=root.value)
+        return fresh
+
+    def _walk(self, root: _Moving, by: fx.Node | None = None) -> Proof | Seen:
         came: dict[_Moving, tuple[_Moving, _Edge] | None] = {root: None}
         queue = [root]
         steps: dict[Step, None] = {}
         for moving in queue:
             for edge in self._readers_of(moving):
+                if by is not None and moving is root and by not in (edge.node, *edge.node.args):
+                    continue
                 if edge.step is None:
                     return _blame(root, came, moving, edge)
                 steps[edge.step] = None
@@ -187,7 +221,7 @@ class Gauge:
         return [transfer(read) for read in reads]
 
     def _at_output(self, moving: _Moving, output: fx.Node) -> Iterator[_Edge]:
-        shape, value = _shape(moving.value), moving.value
+        shape, value = sizes(moving.value), moving.value
         for k, leaf in enumerate(pytree.tree_leaves(output.args[0])):
             if leaf is not value:
                 continue
@@ -204,14 +238,6 @@ class Gauge:
                 yield _Edge(output, Step(output, "contract", moving.axes, free, value))
 
 
-def _shape(value: fx.Node) -> tuple[int | torch.SymInt, ...]:
-    return shape_of(value) or ()
-
-
-def _with_ones(value: fx.Node, axes: Axes) -> Axes:
-    return axes | {a for a, size in enumerate(_shape(value)) if is_one(size)}
-
-
 def _question(value: fx.Node, axes: Axes) -> _Moving:
     shape = shape_of(value)
     if shape is None:
@@ -219,7 +245,7 @@ def _question(value: fx.Node, axes: Axes) -> _Moving:
     if not axes <= set(range(len(shape))):
         headline = f"a value of {len(shape)} axes does not have all of the axes {sorted(axes)}"
         raise LensError(headline, at=where(value))
-    return _Moving(value, _with_ones(value, axes))
+    return _Moving(value, with_ones(value, axes))
 
 
 def _edge(moving: _Moving, node: fx.Node, outcome: Outcome) -> _Edge:
@@ -227,7 +253,7 @@ def _edge(moving: _Moving, node: fx.Node, outcome: Outcome) -> _Edge:
         return _Edge(node, words=outcome.words)
     if isinstance(outcome, Kill):
         return _Edge(node, Step(node, "kill", moving.axes, frozenset(), moving.value))
-    axes = _with_ones(node, outcome.axes)
+    axes = with_ones(node, outcome.axes)
     step = Step(node, "carry", moving.axes, axes, moving.value)
     return _Edge(node, step, _Moving(node, axes, moving.soft or outcome.soft), outcome.lost)
 
@@ -265,7 +291,7 @@ def _readings(value: fx.Node) -> Iterator[_Reading]:
             yield reader, reader, None
             continue
         for user in reader.users:
-            part = _owner(user)[1]
+            part = owner_of(user)[1]
             yield reader, reader if part is None else user, part
 
 
@@ -284,6 +310,12 @@ _MEANS = (aten.mean.dim, aten.amax.default, aten.amin.default, aten.logsumexp.de
 _BESTS = (aten.max.dim, aten.min.dim)
 
 
+def _is_mean(node: fx.Node) -> bool:
+    """Whether a node that ends the shift moves with it, and only what reads it does not."""
+    owner, part = owner_of(node)
+    return is_op(node, *_MEANS) or (is_op(owner, *_BESTS) and part == 0)
+
+
 def _centred(moving: _Moving, readings: Iterable[_Reading]) -> frozenset[fx.Node]:
     """Each mean or maximum that is only read to be subtracted from the value, and the differences.
 
@@ -300,7 +332,8 @@ def _centred(moving: _Moving, readings: Iterable[_Reading]) -> frozenset[fx.Node
     return frozenset(found)
 
 
-def _is_copy(reader: fx.Node, value: fx.Node) -> bool:
+def is_copy(reader: fx.Node, value: fx.Node) -> bool:
+    """Whether a reader gives the value's own numbers, if rounded, entry by entry."""
     if reader.target not in TABLE or TABLE[reader.target].name != "identity":
         return False
     return isinstance(transfer(Read(reader, "self", value, frozenset(), _nowhere)), Carry)
@@ -318,76 +351,8 @@ def _differences(mean: fx.Node, value: fx.Node) -> list[fx.Node]:
             minuend = is_op(reader, aten.sub.Tensor) and argument(reader, "self") is value
             if minuend and argument(reader, "other") is copy and argument(reader, "alpha") == 1:
                 found.append(reader)
-            elif _is_copy(reader, copy):
+            elif is_copy(reader, copy):
                 copies.append(reader)
             else:
                 return []
     return found
-
-
-class Constants:
-    """Axes along which a value does not vary, for any inputs and parameters.
-
-    Nothing but axes of size 1 is taken for granted of `opaque`.
-    """
-
-    def __init__(self, opaque: fx.Node | None = None) -> None:
-        self.opaque = opaque
-        self._known: dict[fx.Node, Axes] = {}
-
-    def __call__(self, node: fx.Node) -> Axes:
-        """The axes, those of size 1 among them."""
-        pending = [node]
-        while pending:
-            top = pending[-1]
-            missing = [n for n in self._sources(top) if n not in self._known]
-            if missing and top not in self._known:
-                pending.extend(missing)
-                continue
-            pending.pop()
-            if top not in self._known:
-                self._known[top] = _with_ones(top, self._found(top))
-        return self._known[node]
-
-    def _sources(self, node: fx.Node) -> list[fx.Node]:
-        owner, part = _owner(node)
-        if node is self.opaque or owner.op != "call_function" or owner.target in FILLED:
-            return []
-        if not _moves(owner) and (part is not None or not _is_pointwise(owner)):
-            return []
-        return [n for n in data_inputs(owner) if shape_of(n) is not None]
-
-    def _found(self, node: fx.Node) -> Axes:
-        sources = self._sources(node)
-        owner, part = _owner(node)
-        if not sources:
-            filled = owner.target in FILLED and node is not self.opaque
-            return all_axes(_shape(node)) if filled else frozenset()
-        if _moves(owner):
-            first, slot = cast(fx.Node, owner.args[0]), schema_names(owner.target)[0]
-            read = Read(owner, slot, first, self._known[first], self._known.__getitem__, 0, part)
-            outcome = transfer(read)
-            return outcome.axes if isinstance(outcome, Carry) else frozenset()
-        out = _shape(node)
-        aligned = [lifted(self._known[n], _shape(n), out) for n in sources]
-        return frozenset.intersection(*aligned)
-
-
-def _owner(node: fx.Node) -> tuple[fx.Node, int | None]:
-    """The node whose output this is, and its number if it has several."""
-    if node.op == "call_function" and node.target is operator.getitem:
-        owner, part = cast("tuple[fx.Node, int]", node.args)
-        if isinstance(owner.meta.get("val"), tuple | list):
-            return owner, part
-    return node, None
-
-
-def _moves(node: fx.Node) -> bool:
-    family = TABLE.get(node.target)
-    return family is not None and family.moves and len(node.args) > 0
-
-
-def _is_pointwise(node: fx.Node) -> bool:
-    family = TABLE.get(node.target)
-    tagged = torch.Tag.pointwise in getattr(node.target, "tags", ())
-    return (tagged or (family is not None and family.pointwise)) and not is_random(node)

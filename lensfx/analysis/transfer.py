@@ -16,10 +16,11 @@ from torch import fx
 
 from lensfx.analysis import axes as ax
 from lensfx.analysis.axes import Axes, Carry, Kill, Outcome, Read, See, along, renumbered
-from lensfx.graph.node import argument, is_weight, op_name, schema_names, shape_of
+from lensfx.analysis.products import FACTORS, Labels, product
+from lensfx.graph.node import argument, is_weight, op_name, schema_names
 from lensfx.graph.ops import CASTS, DROPOUTS, hook_point
 
-__all__ = ["FILLED", "TABLE", "Family", "transfer"]
+__all__ = ["FILLED", "TABLE", "Family", "number", "transfer"]
 
 aten = torch.ops.aten
 
@@ -109,7 +110,7 @@ def _quotient(read: Read) -> Outcome:
     return _product(read)
 
 
-def _number(value: Any) -> float | None:
+def number(value: Any) -> float | None:
     """The one number that a scalar, or a value made by filling, holds everywhere; or None."""
     while isinstance(value, fx.Node):
         if value.target in FILLED and value.meta["val"].is_floating_point():
@@ -126,7 +127,7 @@ def _masked(read: Read) -> Outcome:
     if read.slot == "value":
         return Carry(read.moved() & read.fixed(read.arg("mask")))
     mask = read.arg("mask", read.arg("condition"))
-    held = _number(read.arg("value", read.arg("other" if read.slot == "self" else "self")))
+    held = number(read.arg("value", read.arg("other" if read.slot == "self" else "self")))
     if held is not None and held <= MASKED_OUT:
         # An entry at -inf has moved as far as one likes; one at -1e4 has visibly stayed.
         return Carry(read.moved(), soft=held != -torch.inf)
@@ -217,51 +218,21 @@ def _attention(read: Read) -> Outcome:
     return _killed(read, frozenset({keys}), "compares the keys along")
 
 
-Labels = tuple[Any, ...]
-
-FACTORS: dict[Any, tuple[str, str]] = {
-    aten.linear.default: ("input", "weight"),
-    aten.matmul.default: ("self", "other"),
-    aten.mm.default: ("self", "mat2"),
-    aten.bmm.default: ("self", "mat2"),
-    aten.mv.default: ("self", "vec"),
-    aten.dot.default: ("self", "tensor"),
-    aten.addmm.default: ("mat1", "mat2"),
-    aten.baddbmm.default: ("batch1", "batch2"),
-}
-
-
-def _contracted(read: Read) -> Outcome:
+def _product_of(read: Read) -> Outcome:
+    found = product(read.node)
+    if found is None:
+        return See(f"%{read.node.name} (einsum) has an ellipsis; nothing is assumed")
+    if read.slot == "tensors":
+        return _multilinear(read, read.item, found.terms, found.out)
     names = FACTORS[read.node.target]
     if read.slot not in names:
         return Carry(read.moved())
-    operands = [read.arg(name) for name in names]
-    n, m = (len(shape_of(x) or ()) for x in operands)
-    batch = range(2 - max(n, m), 0)
-    if read.node.target is aten.linear.default:
-        batch, right = range(1 - n, 0), ("o", "k")[-m:]
-        left: Labels = (*batch, "k")
-        out: Labels = (*batch, *right[:-1])
-    else:
-        row, column = ("r",)[: n - 1], ("c",)[: m - 1]
-        left = (*range(2 - n, 0), *row, "k")
-        right = (*range(2 - m, 0), "k", *column)
-        out = (*batch, *row, *column)
-    terms = [(operands[0], left), (operands[1], right)]
-    return _multilinear(read, names.index(read.slot), terms, out)
+    return _multilinear(read, names.index(read.slot), found.terms, found.out)
 
 
-def _einsum(read: Read) -> Outcome:
-    left, arrow, out = read.arg("equation").replace(" ", "").partition("->")
-    if "." in left:
-        return See(f"%{read.node.name} (einsum) has an ellipsis; nothing is assumed")
-    letters = left.replace(",", "")
-    out = out if arrow else "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
-    terms = zip(read.arg("tensors"), map(tuple, left.split(",")), strict=True)
-    return _multilinear(read, read.item, list(terms), tuple(out))
-
-
-def _multilinear(read: Read, moving: int, terms: list[tuple[Any, Labels]], out: Labels) -> Outcome:
+def _multilinear(
+    read: Read, moving: int, terms: tuple[tuple[Any, Labels], ...], out: Labels
+) -> Outcome:
     """A sum of products stays constant along an axis along which every factor that has it is."""
     varied: set[Any] = set()
     for i, (operand, labels) in enumerate(terms):
@@ -383,11 +354,11 @@ FAMILIES = (
         _ops("scaled_dot_product_attention"),
         ("key", "value", "attn_mask"),
     ),
-    Family("linear", _contracted, _ops("linear"), ("input", "weight", "bias")),
-    Family("matmul", _contracted, _ops("matmul mm bmm mv dot"), (*_BOTH, "mat2", "vec", "tensor")),
-    Family("addmm", _contracted, _ops("addmm"), ("self", "mat1", "mat2")),
-    Family("baddbmm", _contracted, _ops("baddbmm"), ("self", "batch1", "batch2")),
-    Family("einsum", _einsum, _ops("einsum"), ("tensors",)),
+    Family("linear", _product_of, _ops("linear"), ("input", "weight", "bias")),
+    Family("matmul", _product_of, _ops("matmul mm bmm mv dot"), (*_BOTH, "mat2", "vec", "tensor")),
+    Family("addmm", _product_of, _ops("addmm"), ("self", "mat1", "mat2")),
+    Family("baddbmm", _product_of, _ops("baddbmm"), ("self", "batch1", "batch2")),
+    Family("einsum", _product_of, _ops("einsum"), ("tensors",)),
 )
 
 TABLE: dict[Any, Family] = {op: family for family in FAMILIES for op in family.ops}

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from lensfx.graph.node import argument, dtype_of, is_op, is_weight, shape_of
 from lensfx.graph.ops import CASTS, VIEWS, data_inputs, is_hook, readers
 from lensfx.graph.program import Program
-from lensfx.graph.views import carried_axis, same_size
+from lensfx.graph.views import carried_axis, same_shape, same_size
 
 __all__ = ["Head", "heads", "table_and_ids", "token_tables", "unembedding"]
 
@@ -59,7 +59,8 @@ def heads(program: Program) -> list[Head]:
     """Every head of the program, in graph order."""
     found = []
     for linear in program.graph.find_nodes(op="call_function", target=aten.linear.default):
-        if not is_weight(argument(linear, "weight")):
+        weight = argument(linear, "weight")
+        if not is_weight(weight) or len(shape_of(weight) or ()) != 2:
             continue
         reached = _forward(linear)
         if reached is not None:
@@ -235,8 +236,15 @@ def _added_to(lookup: fx.Node) -> Iterator[fx.Node]:
 
 
 def _root(node: fx.Node) -> fx.Node | None:
+    """The stored matrix that an expression is a changed copy of, as `W * g` and `W - mean` are."""
     while node.op == "call_function":
-        inputs = [n for n in node.all_input_nodes if len(shape_of(n) or ()) == 2]
+        shape = shape_of(node) or ()
+        inputs = [
+            n
+            for n in node.all_input_nodes
+            if len(shape) == 2
+            and any(same_shape(shape_of(n) or (), s) for s in (shape, shape[::-1]))
+        ]
         if len(inputs) != 1:
             return None
         node = inputs[0]
