@@ -4,7 +4,7 @@
 
 All logits of a position move by one number, which softmax cannot see. Legal only where nothing
 else can either: the walk from the logits to the outputs must end in softmax, log-softmax, cross
-entropy, or an output that the contract lets move.
+entropy, or an output that the contract lets move. Where none does, no output moves at all.
 
 Leaves alone: a head behind which a soft cap, a threshold or another reader sees the shift, and a
 linear output that nothing shows to be logits over a vocabulary (name it: `output=0`).
@@ -67,6 +67,9 @@ def site(program: Program, head: Head, output: int | None) -> Match | Miss:
     }
     if not isinstance(proof, Proof):
         return Miss(proof.reason, proof.node, at_site=True)
+    if proof.leaves and all(step.rule == "kill" for step in proof.leaves):
+        # Nothing but a softmax stands between it and the outputs: none of them moves.
+        bound["outputs"] = ()
     return Match(bound, (), program)
 
 
@@ -92,6 +95,8 @@ def replace(m: Match, edit: Edit) -> None:
     edit.before(m.root).set(m.root, **centred(m, edit.before(m.root)))
     edit.keeps(m.root, up_to=-1, centred=True)
     edit.changes(m.root, free=[m.last])
+    for node in m.proof.kept:
+        edit.keeps(node)
     edit.remark(m.evidence, shifted=m.outputs)
 
 
@@ -102,7 +107,10 @@ class CenterUnembed(Pass):
     output: int | None = None
 
     contract = UpToLogitShift()
-    needs = ("canonical-linear", "canonical-norm", "fold-norm")
+    needs = (
+        *("canonical-linear", "canonical-norm", "untie", "split-fused", "fold-scale"),
+        *("fold-batch-norm", "fold-linear", "fold-norm"),
+    )
 
     @property
     def rules(self) -> tuple[Rule, ...]:

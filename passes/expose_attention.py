@@ -77,6 +77,7 @@ class ExposeAttention(Pass):
     at: str | tuple[str, ...] = ()
 
     contract = Exact()
+    needs = ("fold-scale", "fold-value-bias", "fold-key-bias", "refactor-attention")
 
     @property
     def rules(self) -> tuple[Rule, ...]:

@@ -30,6 +30,14 @@ from lensfx.verify import Observes
 
 aten = torch.ops.aten
 
+# A name stands between a value and its readers, where the patterns of other passes do not look.
+EVERY = (
+    *("canonical-linear", "canonical-norm", "fold-embedding-scale", "fold-scale", "fold-norm"),
+    *("center-writers", "center-unembed", "fold-value-bias", "fold-key-bias", "fold-linear"),
+    *("fold-batch-norm", "split-fused", "split-heads", "merge-fused", "refactor-attention"),
+    *("layer-norm-to-rms", "rotate-stream", "freeze-norm", "untie"),
+)
+
 
 def ends(program: Program) -> Iterator[Point]:
     """The places that need no stream: the first token table and the only head."""
@@ -93,4 +101,4 @@ class InsertHooks(Pass):
 
     rules = (Rule(Sites(find), unless, replace),)
     contract = Observes()
-    needs = ("canonical-linear", "canonical-norm", "fold-norm", "center-unembed")
+    needs = EVERY
