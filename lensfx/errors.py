@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Sequence
 
 __all__ = [
@@ -57,7 +59,34 @@ class RewriteError(LensError):
 
 
 class ContractError(LensError):
-    """Two programs that should be equivalent differ; the message names the guilty rewrite."""
+    """Two programs that should be equivalent differ; the message names the guilty rewrite.
+
+    `script` is a Python program that needs only torch and fails for the same reason: the smallest
+    part of the graph around the rewrite, before it and after it. Empty where there is none.
+    """
+
+    def __init__(
+        self, headline: str, *, at: str | Sequence[str] = (), hint: str = "", script: str = ""
+    ) -> None:
+        super().__init__(headline, at=at, hint=hint)
+        self.script = script
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the script to a file; a file that is there is replaced all at once.
+
+        Raises: LensError if there is no script.
+        """
+        if not self.script:
+            raise LensError("this error has no script", at=self.headline, hint="read its message")
+        target = os.fspath(path)
+        handle, made = tempfile.mkstemp(dir=os.path.dirname(target) or ".", suffix=".py")
+        try:
+            with open(handle, "w", encoding="utf-8") as file:
+                file.write(self.script)
+            os.replace(made, target)
+        except BaseException:
+            os.unlink(made)
+            raise
 
 
 class HookError(LensError):

@@ -104,7 +104,10 @@ class Report:
 
     def _fired(self) -> Table:
         table = Table(title="passes, in order", title_justify="left")
-        for name in ("pass", "fired", "refused", "contract", "site error", "output error"):
+        names = ["pass", "fired", "refused", "contract", "site error", "output error"]
+        if self._has_gradients:
+            names.append("gradient error")
+        for name in names:
             words = name in ("pass", "contract")
             table.add_column(name, justify="left" if words else "right", overflow="fold")
         for name, report in self.passes.items():
@@ -117,10 +120,18 @@ class Report:
         runs = self.equivalence.passes if self.equivalence is not None else ()
         proofs = [p for p in runs if p.name == name]
         if not proofs:
-            return ("", "", "")
+            return ("",) * (4 if self._has_gradients else 3)
         site = max(p.site_error for p in proofs)
         output = max(p.output_error for p in proofs)
-        return (proofs[-1].contract.name, f"{site:.1e}", f"{output:.1e}")
+        figures = (proofs[-1].contract.name, f"{site:.1e}", f"{output:.1e}")
+        if not self._has_gradients:
+            return figures
+        slopes = [p.gradient_error for p in proofs if p.gradient_error is not None]
+        return (*figures, f"{max(slopes):.1e}" if slopes else "not measured")
+
+    @property
+    def _has_gradients(self) -> bool:
+        return self.equivalence is not None and self.equivalence.gradient is not None
 
     def _refusals(self) -> Iterator[Table]:
         rows = [(n, r) for n, report in self.passes.items() for r in report.refused]
@@ -145,6 +156,11 @@ class Report:
         table.add_column(style="dim")
         table.add_column(overflow="fold")
         table.add_row("worst float64 error", f"{proved.worst:.1e} relative, at any site or output")
+        if proved.gradient is not None:
+            at = "at any input or parameter"
+            table.add_row(
+                "worst gradient error", f"{proved.gradient:.1e} relative in float64, {at}"
+            )
         table.add_row("drift", f"{proved.drift:.2f} x the model's own rounding noise")
         if self.folded:
             rounding = f"{len(self.folded)} parameters, within {proved.folded:.1f} roundings"

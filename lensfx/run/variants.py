@@ -32,7 +32,7 @@ from lensfx.run.axes import Axes
 from lensfx.run.names import Names
 from lensfx.run.sources import FoldedSources, callers_level
 from lensfx.run.specialise import Specialiser
-from lensfx.verify.prove import prove
+from lensfx.verify.prove import Level, prove
 from lensfx.verify.witness import witnessed
 
 __all__ = ["Variant", "Variants", "checked"]
@@ -41,13 +41,14 @@ KEPT = 16
 PATHS = 8
 
 
-def checked(program: Program) -> Report:
+def checked(program: Program, level: Level = "fast") -> Report:
     """The report of a program with its proof, and its structure held against numbers.
 
     Modules in it that are run as they stand keep their state.
     """
     with _undisturbed(program):
-        return Report.of(program, prove(program), witnessed(program, structure(program)))
+        proved = prove(program, level=level)
+        return Report.of(program, proved, witnessed(program, structure(program)))
 
 
 @contextlib.contextmanager
@@ -241,8 +242,8 @@ class Variants:
 
     def _proved(self, program: Program) -> Report:
         """The report of a new program, with a proof if the first one has one."""
-        known = self.main.report.equivalence is not None
-        return checked(program) if known else Report.of(program)
+        known = self.main.report.equivalence
+        return Report.of(program) if known is None else checked(program, known.level)
 
     def trained(self, mode: Mode) -> Variant:
         """The variant of a mode for the call that was wrapped, captured now if there is none."""

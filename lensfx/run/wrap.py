@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -15,6 +15,7 @@ from lensfx.rewrite.pipeline import Pipeline
 from lensfx.rewrite.rule import Pass
 from lensfx.run.lens import Lens
 from lensfx.run.variants import checked
+from lensfx.verify.prove import Level
 
 __all__ = ["wrap"]
 
@@ -24,7 +25,7 @@ def wrap(
     model: nn.Module,
     *args: Any,
     passes: str | Iterable[Pass] | None = "default",
-    verify: bool = True,
+    verify: str | bool = "fast",
     opaque: Sequence[Any] = (),
     strict: bool = False,
     cache: bool = False,
@@ -34,21 +35,32 @@ def wrap(
 
     `passes="default"` brings the graph to canonical form, folds norms and centres the
     unembedding; `None` only inserts hook points, so every value is bitwise the model's; a tuple
-    runs exactly those passes, then inserts hook points. `verify=False` skips the proof,
-    and the check of the structure against numbers. The model
-    is left as it was. The lens reads its very parameters where no pass changed them; a folded
-    weight is a new parameter of the lens, so gradients and later changes of the original do not
-    meet it.
+    runs exactly those passes, then inserts hook points. `verify="fast"` proves every pass on two
+    small calls, "full" over all hard inputs and weights and with gradients, as
+    `lensfx.verify.prove(lens.program)` does later; False skips the proof, and the check of the
+    structure against numbers. The model is left as it was. The lens reads its very parameters
+    where no pass changed them; a folded weight is a new parameter of the lens, so gradients and
+    later changes of the original do not meet it.
 
     A call off the captured path, of other sizes or in training mode is captured when it comes.
     `opaque`, `strict` and `cache` are those of `capture`.
 
     Raises: CaptureError, PipelineError, and ContractError if a pass breaks its contract.
     """
+    level = _level(verify)
     pipeline = Pipeline(_chosen(passes))
     options: dict[str, Any] = {"opaque": opaque, "strict": strict, "cache": cache}
     program = pipeline.run(capture(model, *args, **options, **kwargs))
-    return Lens(program, checked(program) if verify else Report.of(program))
+    return Lens(program, Report.of(program) if level is None else checked(program, level))
+
+
+def _level(verify: str | bool) -> Level | None:
+    found = {True: "fast", False: None, "fast": "fast", "full": "full"}
+    if not isinstance(verify, (str, bool)) or verify not in found:
+        raise PipelineError(
+            f"verify={verify!r} is unknown", hint="verify='fast', verify='full' or verify=False"
+        )
+    return cast("Level | None", found[verify])
 
 
 def _chosen(passes: str | Iterable[Pass] | None) -> tuple[Pass, ...]:

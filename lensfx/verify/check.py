@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from lensfx.errors import ContractError, LensError
 from lensfx.graph.program import Program
 from lensfx.verify.compare import Difference
-from lensfx.verify.contract import Exact, Observes
+from lensfx.verify.contract import Contract, Exact, Observes
 from lensfx.verify.inputs import hard_inputs
 from lensfx.verify.oracle import Float64
 
@@ -70,6 +70,8 @@ def check(
     Raises: LensError if nobody knows how to call the two, or a call cannot be run.
     """
     contract = Exact() if up_to is None else up_to
+    if not isinstance(contract, Contract):
+        raise LensError(f"up_to={up_to!r} is no contract", hint="up_to=UpToLogitShift()")
     calls = _calls(reference, candidate, inputs)
     worst: Comparison | None = None
     for k, (args, kwargs) in enumerate(calls):
@@ -92,6 +94,10 @@ def _program(side: Any) -> Program | None:
 
 def _calls(reference: Any, candidate: Any, inputs: Sequence[Any] | None) -> list[Call]:
     if inputs is not None:
+        if isinstance(inputs, torch.Tensor) or not isinstance(inputs, Sequence):
+            raise LensError(
+                f"inputs is {type(inputs).__name__}, not a list of calls", hint="inputs=[ids]"
+            )
         calls = [_call(entry) for entry in inputs]
         if not calls:
             raise LensError("inputs is empty, so nothing would be compared")
@@ -176,7 +182,9 @@ def _unrounded(
     program = _program(side)
     if program is None:
         return side, args, kwargs
-    program = program.unfolded or program
+    before = program.unfolded
+    if before is not None and not any(t.is_meta for t in before.tensors.values()):
+        program = before
     signature, flat = program.signature, program.flat
     tensors = signature.bind(args, kwargs)
     program.guards.check(tensors)

@@ -7,12 +7,14 @@ import random
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import fx
 
 from lensfx.analysis.unembed import table_and_ids, token_tables
 from lensfx.errors import GuardError
+from lensfx.graph.choice import choices
 from lensfx.graph.node import is_op, shape_of
 from lensfx.graph.ops import CASTS, VIEWS
 from lensfx.graph.program import Program
@@ -27,13 +29,15 @@ LARGEST = 8
 class Scenario:
     """One way to run a program: its inputs, and its weights by name in float64.
 
-    `dtype` is the model's own, which decides the eps of a norm that names none.
+    `dtype` is the model's own, which decides the eps of a norm that names none. With `noise`, a
+    seed, every result is moved by one rounding of float64.
     """
 
     name: str
     inputs: tuple[torch.Tensor, ...]
     weights: dict[str, torch.Tensor]
     dtype: torch.dtype | None = None
+    noise: int | None = None
 
 
 @contextlib.contextmanager
@@ -54,15 +58,18 @@ def seeded() -> Iterator[None]:
             numpy.random.set_state(kept[1])
 
 
-def hard_inputs(program: Program, seed: int = 0) -> list[tuple[torch.Tensor, ...]]:
+def hard_inputs(
+    program: Program, seed: int = 0, most: int | None = None
+) -> list[tuple[torch.Tensor, ...]]:
     """Calls the program accepts: small sizes, batch 1, position 1; random and constant rows.
 
     Token ids are drawn over the whole table, other integers and masks from the example's own
-    values, floats at the example's scale.
+    values, floats at the example's scale. The first `most` of them, or all.
     """
     generator = torch.Generator().manual_seed(seed)
-    found = [_drawn(program, sizes, generator) for sizes in _sizes(program)]
-    accepted = [tensors for tensors in found if _accepted(program, tensors)]
+    rows = _table_rows(program)
+    drawn = (_drawn(program, sizes, rows, generator) for sizes in _sizes(program))
+    accepted = [*islice((tensors for tensors in drawn if _accepted(program, tensors)), most)]
     return accepted or [tuple(t.clone() for t in program.example)]
 
 
@@ -87,10 +94,13 @@ def _sizes(program: Program) -> Iterator[dict[str, int]]:
 
 
 def _drawn(
-    program: Program, sizes: dict[str, int], generator: torch.Generator
+    program: Program,
+    sizes: dict[str, int],
+    rows: dict[fx.Node, int],
+    generator: torch.Generator,
 ) -> tuple[torch.Tensor, ...]:
-    rows = _table_rows(program)
     placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
+    decided = any(True for _ in choices(program.graph))
     drawn = []
     for leaf, (node, example) in enumerate(zip(placeholders, program.example, strict=True)):
         axes = [a for a in program.guards.axes if a.leaf == leaf]
@@ -98,12 +108,18 @@ def _drawn(
             sizes.get(str(a.symbol), example.shape[a.axis]) if a.symbol else example.shape[a.axis]
             for a in axes
         ]
-        drawn.append(_values(example, shape, rows.get(node), generator))
+        # Where values decide the path, others than the example's may take another one.
+        holes = not decided and example.dtype in (torch.bool, torch.int64, torch.int32)
+        drawn.append(_values(example, shape, rows.get(node), generator, holes))
     return tuple(drawn)
 
 
 def _values(
-    example: torch.Tensor, shape: Sequence[int], rows: int | None, generator: torch.Generator
+    example: torch.Tensor,
+    shape: Sequence[int],
+    rows: int | None,
+    generator: torch.Generator,
+    holes: bool = False,
 ) -> torch.Tensor:
     if example.is_floating_point():
         scale = example.float().std().item() if example.numel() > 1 else 1.0
@@ -119,7 +135,11 @@ def _values(
         if example.shape[axis]:
             index = torch.arange(size) % example.shape[axis]
             resized = resized.index_select(axis, index)
-    return resized.clone()
+    resized = resized.clone()
+    if holes and example.numel() and bool((example == 1).all()) and resized.ndim > 1:
+        # Padded at the end of every other row: all ones would hide whoever ignores the mask.
+        resized[1::2, ..., resized.shape[-1] - resized.shape[-1] // 3 :] = 0
+    return resized
 
 
 def _table_rows(program: Program) -> dict[fx.Node, int]:
@@ -152,20 +172,23 @@ def _accepted(program: Program, tensors: Sequence[torch.Tensor]) -> bool:
     return True
 
 
-def scenarios(program: Program, seed: int = 0) -> Iterator[Scenario]:
+def scenarios(program: Program, seed: int = 0, *, few: bool = False) -> Iterator[Scenario]:
     """The program under hard inputs and hard weights.
 
     Weights: the model's own; moved, so that no gain is 1 and no bias 0; moved with token tables
     scaled to a thousandth, where eps shows; moved with one channel of them 500 times as large.
+    `few`: its own on one call, then moved ones on a call of batch 1.
     """
-    inputs = hard_inputs(program, seed)
+    inputs = hard_inputs(program, seed, 2 if few else None)
     dtype = model_dtype(program)
     own = {name: wide(t) for name, t in program.tensors.items()}
-    for i, tensors in enumerate(inputs):
+    for i, tensors in enumerate(inputs[:1] if few else inputs):
         yield Scenario(f"own weights, call {i}", tensors, own, dtype)
     del own
     moved = _moved(program, seed)
-    yield Scenario("moved weights", inputs[0], moved, dtype)
+    yield Scenario("moved weights", inputs[-1] if few else inputs[0], moved, dtype)
+    if few:
+        return
     tables = _table_names(program)
     if tables:
         tiny = {n: w * 1e-3 if n in tables else w for n, w in moved.items()}

@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 from lensfx.errors import LensError
 from lensfx.graph.opaque import opaque_of
+from lensfx.verify.kernels import KERNELS, WIDER
 
 __all__ = ["Float64"]
 
@@ -35,11 +36,6 @@ Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 aten = torch.ops.aten
 
-WIDER = {
-    **dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64),
-    **dict.fromkeys((torch.float8_e4m3fn, torch.float8_e5m2), torch.float64),
-    **dict.fromkeys((torch.complex64, torch.complex32), torch.complex128),
-}
 # These only move numbers, so widening what comes out costs less than widening what goes in.
 MOVES = {"_to_copy", "clone", "embedding", "gather", "index", "index_select"}
 # These read memory without an operator call, so they would miss a stand-in.
@@ -238,7 +234,7 @@ class _Operators(TorchDispatchMode):
             moved = partial(func, self.memory.current(args[0]))
             out = self.memory.widen(self.memory.call(moved, args[1:], kwargs))
         else:
-            out = self.memory.call(func, args, kwargs)
+            out = self.memory.call(KERNELS.get(func, func), args, kwargs)
         self.memory.record(out, (*args, *kwargs.values()))
         return out
 

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from math import inf
-from typing import Any
+from typing import Any, Literal
 
-import torch
-from torch import fx
+from lensfx.errors import ContractError, LensError
+from lensfx.graph.program import Program
+from lensfx.verify.blame import blamed
+from lensfx.verify.claims import Claims, Finding
+from lensfx.verify.compare import Difference
+from lensfx.verify.gradient import Slopes
+from lensfx.verify.inputs import Scenario, hard_inputs, model_dtype, scenarios, wide
+from lensfx.verify.rounding import folding_error, noise_ratio
+from lensfx.verify.values import Found, Values
 
-from lensfx.errors import ContractError
-from lensfx.graph.compiled import probe
-from lensfx.graph.ops import written_tensors
-from lensfx.graph.program import Program, Rewrite, Stage
-from lensfx.rewrite.pipeline import apply
-from lensfx.verify.compare import Difference, drift, rows
-from lensfx.verify.contract import Contract, Exact, Observes, UpToLogitShift
-from lensfx.verify.inputs import Scenario, hard_inputs, model_dtype, scenarios, seeded, wide
-from lensfx.verify.oracle import Float64
+__all__ = ["LEVELS", "Equivalence", "Level", "PassProof", "prove"]
 
-__all__ = ["Equivalence", "PassProof", "prove"]
+Level = Literal["fast", "full"]
+LEVELS: tuple[Level, ...] = ("fast", "full")
 
 
 @dataclass(frozen=True)
 class PassProof:
-    """The figures of one pass: worst relative error in float64 at its sites and at the outputs."""
+    """The figures of one pass: worst relative error in float64 at its sites and at the outputs.
+
+    `gradient_error` is the worst one of J^T v at the inputs and parameters, None if it was not
+    measured: at level "fast", where the contract is about one call, or where autograd is blind.
+    """
 
     name: str
     contract: Any
@@ -33,6 +37,7 @@ class PassProof:
     site_error: float
     output_error: float
     calls: int
+    gradient_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -47,250 +52,168 @@ class Equivalence:
     passes: tuple[PassProof, ...]
     drift: float
     folded: float
+    level: Level = "full"
 
     @property
     def worst(self) -> float:
         """The largest relative float64 error of all sites and outputs."""
         return max((max(p.site_error, p.output_error) for p in self.passes), default=0.0)
 
+    @property
+    def gradient(self) -> float | None:
+        """The largest relative float64 error of a gradient; None where none was measured."""
+        found = [p.gradient_error for p in self.passes if p.gradient_error is not None]
+        return max(found, default=None)
 
-def prove(program: Program, seed: int = 0) -> Equivalence:
+
+def prove(program: Program, seed: int = 0, *, level: Level = "full") -> Equivalence:
     """The figures of the proof that `program` is what its passes claim.
 
     Every pass that fired is checked against the graph before it: in float64, over hard inputs
     and hard weights, at each value the rewrites claim to keep and at the outputs. Passes that
-    only observe are checked bitwise in the model's own dtype.
+    only observe are checked bitwise in the model's own dtype. `level="full"` also compares
+    gradients; "fast" makes two calls, one with the model's own weights and one with others.
 
     Raises: ContractError naming the guilty rewrite, found by bisection over the journal.
     """
+    if level not in LEVELS:
+        raise LensError(f"level={level!r} is unknown", hint="level='fast' or level='full'")
+    program = getattr(program, "program", program)
+    if not isinstance(program, Program):
+        raise LensError(
+            f"{type(program).__name__} is no program", hint="prove(lens.program), or prove(lens)"
+        )
     base = program.unfolded or program
-    proofs = []
-    for before, after in zip(base.stages, base.stages[1:], strict=False):
-        proofs.append(_prove_pass(base, before, after, seed))
-    return Equivalence(tuple(proofs), _drift(base, program, seed), _folded(program))
+    if any(t.is_meta for t in base.tensors.values()):
+        raise LensError(
+            "the program holds no weights from before they were folded, so nothing can be compared",
+            hint="give the weights as a state dict or a module: program.with_weights(...)",
+        )
+    steps = [Claims(base, *pair) for pair in zip(base.stages, base.stages[1:], strict=False)]
+    proof = _Proof(base, steps, seed, level)
+    for kind in dict.fromkeys(map(proof.kind, range(len(steps)))):
+        proof.values(kind)
+    if level == "full":
+        proof.gradients()
+    inputs = base.example if proof.frozen < len(steps) else hard_inputs(base, seed, 1)[0]
+    ratio, folded = noise_ratio(base, program, inputs), folding_error(program)
+    return Equivalence(tuple(proof.figures()), ratio, folded, level)
 
 
 @dataclass(frozen=True)
-class _Finding:
-    """The worst difference at one value of one scenario."""
+class _Kind:
+    """How a pass is checked: in bits or in float64, and on which calls."""
 
-    difference: Difference
-    rewrite: Rewrite | None
-    value: str
-    scenario: str
-    rule: Any = field(default_factory=Exact)
+    in_bits: bool
+    at_example: bool
 
 
-class _Probe:
-    """A graph as a function of a scenario, giving its outputs and some named values."""
+class _Proof:
+    """The chain of stages, each run once a scenario with all that both its neighbours ask for."""
 
-    def __init__(self, graph: fx.Graph, names: Sequence[str] = (), *, exact: bool = False) -> None:
-        self._function, self._weights = probe(graph, names)
-        self._written = written_tensors(graph)
-        self._exact = exact
+    def __init__(self, base: Program, steps: Sequence[Claims], seed: int, level: Level) -> None:
+        self.base, self.steps, self.seed, self.level = base, steps, seed, level
+        self.sites = [0.0] * len(steps)
+        self.outputs = [0.0] * len(steps)
+        self.calls = [0] * len(steps)
+        self.slopes: list[float | None] = [None] * len(steps)
+        # From here on the model is another function on every call but the example.
+        frozen = (i for i, step in enumerate(steps) if not step.contract.everywhere)
+        self.frozen = next(frozen, len(steps))
 
-    def __call__(self, scenario: Scenario) -> list[Any]:
-        """The values in float64, or if `exact` in the dtypes the scenario has."""
-        own = scenario.weights
-        values = [own[w].clone() if w in self._written else own[w] for w in self._weights]
-        inputs = [t.clone() for t in scenario.inputs]
-        with seeded(), torch.no_grad():
-            if self._exact:
-                return list(self._function(None, *inputs, *values))
-            with Float64(dtype=scenario.dtype) as oracle:
-                return list(oracle.read(self._function(None, *inputs, *values)))
+    def kind(self, i: int) -> _Kind:
+        """How the pass of one step is checked."""
+        return _Kind(self.steps[i].in_bits, i >= self.frozen)
 
+    def figures(self) -> Iterator[PassProof]:
+        """What was found of each pass."""
+        found = zip(self.sites, self.outputs, self.calls, self.slopes, strict=True)
+        for step, figures in zip(self.steps, found, strict=True):
+            after = step.after
+            yield PassProof(after.name, step.contract, len(after.rewrites), *figures)
 
-class _Comparison:
-    """Two neighbouring graphs, compared at every value the pass between them claims to keep."""
+    def values(self, kind: _Kind) -> None:
+        """Compare the values of all passes of one kind over the scenarios that it asks for.
 
-    def __init__(self, base: Program, before: Stage, after: Stage) -> None:
-        self.before, self.contract = before, after.entry.contract
-        self._names = base.signature.outputs
-        self._exact = isinstance(self.contract, Observes)
-        self._pairs = [(r, old, new) for r in after.rewrites for old, new in r.sites]
-        olds, news = [old for _, old, _ in self._pairs], [new for _, _, new in self._pairs]
-        self._left = _Probe(before.graph, olds, exact=self._exact)
-        self._right = _Probe(after.graph, news, exact=self._exact)
-        said = {k for r in after.rewrites for k in r.shifted}
-        self._moved = said or set(range(len(self._names)))
+        Raises: ContractError.
+        """
+        mine = {i for i in range(len(self.steps)) if self.kind(i) == kind}
+        runs: dict[int, Values] = {}
+        for i in sorted({*mine, *(i + 1 for i in mine)}):
+            news = self.steps[i - 1].news if i - 1 in mine else []
+            olds = self.steps[i].olds if i in mine else []
+            runs[i] = Values(self.base.stages[i].graph, [*news, *olds], exact=kind.in_bits)
+        for scenario in self._scenarios(kind):
+            found: dict[int, Found] = {}
+            for i in sorted(mine):
+                found = {k: v for k, v in found.items() if k == i} or {i: runs[i](scenario)}
+                found[i + 1] = self._ran(i, runs[i + 1], scenario)
+                self._compared(i, found[i], found[i + 1], scenario)
 
-    def __call__(self, scenario: Scenario) -> Iterator[_Finding]:
-        """Every difference: at the sites in the order of the rewrites, then at the outputs."""
-        left = self._left(scenario)
+    def _scenarios(self, kind: _Kind) -> Iterator[Scenario]:
+        base, fast = self.base, self.level == "fast"
+        own = dict(base.tensors)
+        if kind.at_example:
+            held = own if kind.in_bits else {name: wide(t) for name, t in own.items()}
+            return iter([Scenario("the example", base.example, held, model_dtype(base))])
+        if not kind.in_bits:
+            return scenarios(base, self.seed, few=fast)
+        calls = hard_inputs(base, self.seed, 2 if fast else None)
+        return (Scenario("as it is", inputs, own) for inputs in calls)
+
+    def _ran(self, i: int, run: Values, scenario: Scenario) -> Found:
         try:
-            right = self._right(scenario)
+            return run(scenario)
         except Exception as error:
             note = f"it cannot be run: {type(error).__name__}: {str(error).splitlines()[0]}"
-            yield _Finding(Difference(inf, note=note), None, "the graph", scenario.name)
-            return
-        count = len(self._names)
-        for i, (rewrite, _, new) in enumerate(self._pairs):
-            a, b = left[count + i], right[count + i]
-            if isinstance(a, torch.Tensor):
-                rule = self._rule(rewrite, new)
-                yield _Finding(rule.compare(a, b), rewrite, f"%{new}", scenario.name, rule)
-                if new in rewrite.centred and isinstance(rule, UpToLogitShift):
-                    found = _mean_left(rule, b)
-                    yield _Finding(found, rewrite, f"the mean of %{new}", scenario.name, rule)
-        for k, name in enumerate(self._names):
-            if isinstance(left[k], torch.Tensor):
-                rule = self.contract if k in self._moved else Exact()
-                yield _Finding(rule.compare(left[k], right[k]), None, name, scenario.name, rule)
+            finding = Finding(Difference(inf, note=note), None, "the graph", scenario.name)
+            raise self._broken(i, scenario, finding) from error
 
-    def _rule(self, rewrite: Rewrite, new: str) -> Contract:
-        """What is promised of one site: bits, the same numbers, or those but for a shift."""
-        if self._exact:
-            return Observes()
-        axis = dict(rewrite.shifts).get(new)
-        return Exact() if axis is None else UpToLogitShift(axis=axis)
-
-
-def _mean_left(rule: UpToLogitShift, value: torch.Tensor) -> Difference:
-    """What is left of the mean that a pass says it takes out, relative to the row.
-
-    Every shift keeps the contract, also that of a weight centred along the wrong axis or without
-    its bias, so the contract alone would let those through.
-    """
-    return rows(*(t.movedim(rule.axis, -1) for t in (value, value - value.mean(rule.axis, True))))
-
-
-def _prove_pass(base: Program, before: Stage, after: Stage, seed: int) -> PassProof:
-    contract = after.entry.contract
-    compare = _Comparison(base, before, after)
-    site_error = output_error = 0.0
-    calls = 0
-    for scenario in _runs(base, contract, seed):
-        calls += 1
-        for finding in compare(scenario):
+    def _compared(self, i: int, left: Found, right: Found, scenario: Scenario) -> None:
+        step = self.steps[i]
+        self.calls[i] += 1
+        for finding in step.findings(left, right, scenario):
             error = finding.difference.error
-            if error > contract.bound and error > _allowed(base, before, scenario, finding):
-                raise _broken(base, before, after, scenario, finding)
-            if finding.rewrite is None:
-                output_error = max(output_error, error)
-            else:
-                site_error = max(site_error, error)
-    return PassProof(after.name, contract, len(after.rewrites), site_error, output_error, calls)
+            if error > step.contract.bound:
+                allowed = step.allowed(scenario, finding)
+                if error > allowed:
+                    raise self._broken(i, scenario, finding)
+                if allowed == inf:
+                    # Nothing but roundings: no figure of a rewrite.
+                    continue
+            worst = self.outputs if finding.rewrite is None else self.sites
+            worst[i] = max(worst[i], error)
+
+    def _broken(self, i: int, scenario: Scenario, finding: Finding) -> ContractError:
+        def differs(step: Claims) -> bool:
+            try:
+                left, right = _both(step, scenario)
+            except Exception:
+                return True
+            bound = step.contract.bound
+            return any(f.difference.error > bound for f in step.findings(left, right, scenario))
+
+        return blamed(self.base, self.steps[i], finding, scenario, differs)
+
+    def gradients(self) -> None:
+        """Compare J^T v of neighbouring graphs, with the model's own weights and with others.
+
+        Raises: ContractError.
+        """
+        for scenario in scenarios(self.base, self.seed, few=True):
+            slopes = Slopes(self.base, self.steps, scenario)
+            for i, step in enumerate(self.steps[: self.frozen]):
+                difference = slopes.at(i)
+                if difference is None:
+                    continue
+                name, error = difference.name, difference.found.error
+                if error > slopes.bound(step) and error > slopes.amplified(i):
+                    finding = Finding(difference.found, None, name, scenario.name, slope=True)
+                    raise blamed(self.base, step, finding, scenario, slopes.differs)
+                self.slopes[i] = max(self.slopes[i] or 0.0, error)
 
 
-def _runs(base: Program, contract: Any, seed: int) -> Iterator[Scenario]:
-    if not contract.everywhere:
-        own = {name: wide(t) for name, t in base.tensors.items()}
-        return iter([Scenario("the example", base.example, own, model_dtype(base))])
-    if not isinstance(contract, Observes):
-        return scenarios(base, seed)
-    own = dict(base.tensors)
-    return (Scenario("as it is", inputs, own) for inputs in hard_inputs(base, seed))
-
-
-def _allowed(base: Program, before: Stage, scenario: Scenario, finding: _Finding) -> float:
-    """A hundred times what one float64 rounding of every weight does to the same value."""
-    if finding.difference.error > 1e-6:
-        return 0.0
-    generator = torch.Generator().manual_seed(5)
-
-    def nudged(weight: torch.Tensor) -> torch.Tensor:
-        if not weight.is_floating_point():
-            return weight
-        # In the weight's own dtype: whole numbers times a float would round the nudge away.
-        sign = torch.randint(0, 2, weight.shape, generator=generator).to(weight.dtype) * 2 - 1
-        return weight * (1 + sign * torch.finfo(weight.dtype).eps)
-
-    moved = replace(scenario, weights={k: nudged(w) for k, w in scenario.weights.items()})
-    names: list[str] = []
-    if finding.rewrite is not None:
-        names = [old for old, new in finding.rewrite.sites if finding.value.endswith(f"%{new}")]
-    run = _Probe(before.graph, names)
-    left, right = run(scenario), run(moved)
-    index = len(base.signature.outputs) if names else base.signature.outputs.index(finding.value)
-    return 100 * float(finding.rule.compare(left[index], right[index]).error)
-
-
-def _broken(
-    base: Program, before: Stage, after: Stage, scenario: Scenario, finding: _Finding
-) -> ContractError:
-    contract = after.entry.contract
-    guilty = _bisect(base, before, after, scenario)
-    d = finding.difference
-    place = "first differing output" if finding.rewrite is None else "first differing value"
-    unit = "" if isinstance(contract, Observes) else " relative in float64"
-    return ContractError(
-        f"{after.name} broke its contract {contract.name}: {finding.value} differs by "
-        f"{d.error:.1e}{unit} (bound {contract.bound:.0e})",
-        at=[
-            f"{guilty}  (rewrite {guilty.index} of {len(base.journal)})",
-            f"{place}: {d.text(finding.value)}   under {scenario.name}",
-        ],
-        hint=f"run the passes up to the one before {after.name} and look at that site",
-    )
-
-
-def _bisect(base: Program, before: Stage, after: Stage, scenario: Scenario) -> Rewrite:
-    """The first rewrite of the pass whose prefix of the journal breaks the contract."""
-    start = replace(base, graph=before.graph, stages=(before,), journal=())
-    low, high = 0, len(after.rewrites)
-    while high - low > 1:
-        middle = (low + high) // 2
-        prefix = apply(after.entry, start, middle).stages[-1]
-        bound = after.entry.contract.bound
-        compare = _Comparison(base, before, prefix)
-        broken = any(f.difference.error > bound for f in compare(scenario))
-        low, high = (low, middle) if broken else (middle, high)
-    return after.rewrites[high - 1]
-
-
-def _drift(base: Program, program: Program, seed: int) -> float:
-    """The worst ratio over the outputs of the result's rounding noise to the model's own.
-
-    Each is measured against its own float64 value: a rewrite may move an output within its gauge.
-    """
-    if not base.stages:
-        return 1.0
-    inputs = hard_inputs(base, seed)[0]
-    own = Scenario("own weights", inputs, dict(base.tensors))
-    first, last = base.stages[0], base.stages[-1]
-    folded = Scenario("folded weights", inputs, dict(program.tensors))
-    model, exact = _Probe(first.graph, exact=True)(own), _Probe(first.graph)(own)
-    result, moved = _Probe(program.graph, exact=True)(folded), _Probe(last.graph)(own)
-    ratios = [
-        drift(m, torch.where(e == x, r.double(), e + (r.double() - x)), e)
-        for m, r, e, x in zip(model, result, exact, moved, strict=True)
-        if isinstance(m, torch.Tensor) and m.is_floating_point()
-    ]
-    return max(ratios, default=1.0)
-
-
-def _folded(program: Program) -> float:
-    """The largest distance of a folded parameter from its formula, in roundings of its dtype."""
-    if program.unfolded is None:
-        return 0.0
-    worst = 0.0
-    for name, formula in program.formulas.items():
-        stored = program.tensors[name]
-        if not all(s in program.unfolded.tensors for s in formula.sources):
-            continue
-        function, weights = probe(formula.graph, [])
-        values = [program.unfolded.tensors[w] for w in weights]
-        with Float64() as oracle:
-            exact = oracle.read(function(None, *values))[0].detach()
-        worst = max(worst, _roundings(stored.detach(), exact))
-        if worst > 4:
-            raise ContractError(
-                f"the folded parameter {name} is {worst:.1e} roundings away from its formula",
-                at=f"{name} = {formula.text}",
-                hint="this is a fault of lensfx; please report it with the model",
-            )
-    return worst
-
-
-def _roundings(stored: torch.Tensor, exact: torch.Tensor) -> float:
-    """The largest distance, in roundings of the stored dtype at each entry's own size.
-
-    Sums in float64 that cancel are known only to float64 roundings of their largest terms.
-    """
-    if not exact.numel():
-        return 0.0
-    rounding = torch.finfo(stored.dtype).eps * exact.abs()
-    cancelled = 64 * torch.finfo(torch.float64).eps * exact.abs().max()
-    error = (stored.to(exact.dtype) - exact).abs() / (rounding + cancelled).clamp_min(1e-300)
-    return float(error.max())
+def _both(step: Claims, scenario: Scenario) -> tuple[Found, Found]:
+    left = Values(step.before.graph, step.olds, exact=step.in_bits)
+    right = Values(step.after.graph, step.news, exact=step.in_bits)
+    return left(scenario), right(scenario)

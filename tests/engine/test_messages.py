@@ -217,8 +217,8 @@ SAYS: dict[str, Says] = {
         "capture the model with its weights",
     ),
     "nothing to bind": (
-        lambda: lensfx.bind(lensfx.capture(empty(Ties), X), "weights.safetensors"),  # type: ignore[arg-type]
-        "weights are given as str",
+        lambda: lensfx.bind(lensfx.capture(empty(Ties), X), 3),  # type: ignore[arg-type]
+        "weights are given as int",
         "",
         "pass a state dict",
     ),

@@ -42,7 +42,7 @@ def test_the_noise_is_that_of_one_rounding(monkeypatch: pytest.MonkeyPatch) -> N
     prove = sys.modules["lensfx.verify.prove"]
     program = lensfx.wrap(model(0), torch.arange(12).reshape(2, 6), verify=False).program.unfolded
     scenario = next(iter(prove.scenarios(program)))
-    compare = prove._Comparison(program, *program.stages[:2])
-    finding = next(iter(compare(scenario)))
-    allowed = prove._allowed(program, program.stages[0], scenario, finding)
+    step = prove.Claims(program, *program.stages[:2])
+    finding = next(iter(step.findings(*prove._both(step, scenario), scenario)))
+    allowed = step.allowed(scenario, finding)
     assert 1e-16 < allowed < 1e-12
