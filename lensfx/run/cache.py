@@ -12,6 +12,7 @@ import torch
 from lensfx.errors import LensError, UnknownNameError
 from lensfx.run.analyses import Analyses, Rows, SliceInput, Through, Wanted, sliced, stacked
 from lensfx.run.names import nearest
+from lensfx.run.raw import Call
 from lensfx.run.weights import ByRole
 
 __all__ = ["ActivationCache"]
@@ -45,8 +46,10 @@ class ActivationCache(Mapping[str, torch.Tensor]):
         names: Sequence[str],
         lens: ByRole | None = None,
         has_batch_dim: bool = True,
+        call: Call | None = None,
     ) -> None:
         self._values = dict(values)
+        self._call = call
         self._names = tuple(names)
         self._lens = lens
         self.has_batch_dim = has_batch_dim
@@ -62,12 +65,31 @@ class ActivationCache(Mapping[str, torch.Tensor]):
 
         Raises: UnknownNameError naming the nearest names.
         """
+        return self._values[self._known(key)]
+
+    def raw(self, *key: Any) -> torch.Tensor:
+        """The value of a name as it is in the model before any pass, named as in `cache[...]`.
+
+        Mapped back where the passes say how (`lens.to_raw`); what they took off for good, as the
+        mean that centring takes off the stream, is computed again from the call.
+
+        Raises: UnknownNameError, and LensError where neither can be done.
+        """
+        name = self._known(key[0] if len(key) == 1 else key)
+        if self._call is None:
+            raise LensError(
+                "this cache knows no model, so it has no raw values",
+                hint="take the cache that lens.run_with_cache returns",
+            )
+        return self._call.raw(name, self._values[name])
+
+    def _known(self, key: str | tuple[Any, ...]) -> str:
         spelled = list(self._spelled(*(key if isinstance(key, tuple) else (key,))))
         if isinstance(key, str):
             spelled.insert(0, key)
         for name in spelled:
             if name in self._values:
-                return self._values[name]
+                return name
         for name in spelled:
             if name in self._names:
                 raise UnknownNameError(
@@ -104,7 +126,7 @@ class ActivationCache(Mapping[str, torch.Tensor]):
         return self._like({k: v.to(device) for k, v in self._values.items()}, self.has_batch_dim)
 
     def _like(self, values: Mapping[str, torch.Tensor], has_batch_dim: bool) -> ActivationCache:
-        return ActivationCache(values, self._names, self._lens, has_batch_dim)
+        return ActivationCache(values, self._names, self._lens, has_batch_dim, self._call)
 
     @property
     def _analyses(self) -> Analyses:

@@ -19,11 +19,13 @@ from lensfx.graph.network import to_networkx
 from lensfx.graph.opaque import OpaqueError
 from lensfx.graph.program import Program
 from lensfx.report.report import Report
+from lensfx.rewrite.pipeline import Pipeline
 from lensfx.run.cache import ActivationCache
 from lensfx.run.hooks import HookFunction
 from lensfx.run.module import as_module
-from lensfx.run.names import NameFilter
+from lensfx.run.names import NameFilter, Place
 from lensfx.run.protocol import Protocol
+from lensfx.run.raw import Both, Call, Kind, Maps, captured
 from lensfx.run.reading import collector, kept, path_changed, scalar, stop_name
 from lensfx.run.registry import Registry, pairs
 from lensfx.run.specialise import Request
@@ -49,6 +51,8 @@ class Lens(Protocol):
     def _start(self, program: Program, report: Report | None) -> None:
         self._variants = Variants(program, report)
         self._names = self._variants.main.names
+        self._raw: Lens | None = None
+        self._both: Both | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Lens:
         """A lens of a copy of the model, with parameters of its own and no hooks."""
@@ -80,6 +84,50 @@ class Lens(Protocol):
     def report(self) -> Report:
         """What capture and the passes did, for the call that was wrapped."""
         return self._variants.main.report
+
+    @property
+    def raw(self) -> Lens:
+        """The model as it was before any pass, with the same hook names and the same parameters.
+
+        A lens that no pass changed is its own.
+        """
+        if not any(entry.changes or entry.sites for entry in self.program.journal):
+            return self
+        if self._raw is None:
+            hooks = Pipeline(Pipeline.default().passes[-1:])
+            self._raw = Lens(hooks.run(captured(self.program)))
+        return self._raw
+
+    def to_raw(self, name: str, x: torch.Tensor, *, kind: Kind = "value") -> torch.Tensor:
+        """A value at a hook point as it would be in the model before any pass, of the same shape.
+
+        `kind="direction"` maps a difference of values, and `"probe"` a vector whose product with
+        the value is read: then only scales and rotations count. Computed in float64.
+
+        Raises: UnknownNameError, and LensError where a pass took off what the value does not tell.
+        """
+        maps, place = self._maps(name)
+        return maps.to_raw(name, place, x, kind)
+
+    def from_raw(
+        self, name: str, direction: torch.Tensor, *, kind: Kind = "direction"
+    ) -> torch.Tensor:
+        """A direction that was found in the model before any pass, as it is at this hook point.
+
+        The other way round than `to_raw`; `kind="value"` maps whole values, `"probe"` readers.
+
+        Raises: UnknownNameError, and LensError where a pass cannot be undone.
+        """
+        maps, place = self._maps(name)
+        return maps.from_raw(name, place, direction, kind)
+
+    def _maps(self, name: str) -> tuple[Maps, Place]:
+        place = self._names.places[self._names.resolve([name])[0]]
+        maps = Maps(self.program)
+        if self.raw is not self:
+            self._both = self._both or Both(Lens(self.program), self.raw, self.program)
+            self._both.check(name, place, maps)
+        return maps, place
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the model returns on this call, of the same type, under the hooks now attached.
@@ -138,7 +186,14 @@ class Lens(Protocol):
             found = {k: v.to(device) for k, v in found.items()}
         if not return_cache_object:
             return out, found
-        return out, ActivationCache(found, variant.names.all, self, not remove_batch_dim)
+        options = {
+            "stop_at_layer": stop_at_layer,
+            "pos_slice": pos_slice,
+            "remove_batch_dim": remove_batch_dim,
+            "device": device,
+        }
+        call = Call.of(self, args, kwargs, options, self._hooks.change_values)
+        return out, ActivationCache(found, variant.names.all, self, not remove_batch_dim, call)
 
     def run_with_hooks(
         self,
@@ -254,6 +309,12 @@ class Lens(Protocol):
         self._start(moved.program, moved.report)
         self._hooks.rename(self._names)
         return self
+
+    def with_weights(self, weights: Any, *, strict: bool = True) -> Lens:
+        """A lens of another checkpoint of the model, as `Program.with_weights` takes it."""
+        lens = Lens(self.program.with_weights(weights, strict=strict))
+        lens.tokenizer = self.tokenizer
+        return lens
 
     def parameters(self) -> list[nn.Parameter]:
         """Each trainable tensor once: the model's own objects, save those that a pass folded.

@@ -88,6 +88,11 @@ class Registry:
         by_name = name is not None and not callable(name)
         return Attached(tuple(self._names.resolve(name)), fn, direction, permanent, by_name)
 
+    @property
+    def change_values(self) -> bool:
+        """Whether a hook is attached that is called with values, and so may change them."""
+        return any(entry.direction == "fwd" for entry in self._attached)
+
     def rename(self, names: Names) -> None:
         """Check what is attached from now on against these names."""
         self._names = names

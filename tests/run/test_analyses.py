@@ -17,6 +17,8 @@ from lensfx import ActivationCache, Lens, LensError
 
 FOLDER = Path(__file__).resolve().parents[1] / "fixtures"
 MODELS = tuple(BUILDERS)
+# What the figures were made with.
+FOLDED = lensfx.Pipeline.default(center_writing_weights=False, fold_value_biases=False).passes
 PLAIN = ("accumulated_resid", "decompose_resid", "decompose_resid.attn", "stack_head_results")
 
 
@@ -29,7 +31,7 @@ def reference(name: str) -> dict[str, Tensor]:
 def run(name: str, folded: bool, attention: str = "sdpa") -> tuple[Lens, Tensor, ActivationCache]:
     model = BUILDERS[name](attention)
     lens = lensfx.wrap(
-        model, input_ids=IDS, use_cache=False, passes="default" if folded else None, verify=False
+        model, input_ids=IDS, use_cache=False, passes=FOLDED if folded else None, verify=False
     )
     with torch.no_grad():
         out, kept = lens.run_with_cache(input_ids=IDS, use_cache=False)
