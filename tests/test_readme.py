@@ -8,7 +8,7 @@ README = Path(__file__).parent.parent / "README.md"
 
 def test_every_snippet_runs(capsys):
     snippets = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(snippets) == 8
+    assert len(snippets) == 11
     scope = {"__name__": "readme"}
     for snippet in snippets:
         exec(compile(snippet, "README.md", "exec"), scope)
