@@ -141,7 +141,7 @@ def test_passes_lists_every_pass_file() -> None:
     }
     assert set(listed) == names
     for stem, classes in listed.items():
-        assert "".join(part.capitalize() for part in stem.split("_")) in classes
+        assert stem.replace("_", "") in [name.lower() for name in classes]
     from lensfx import passes
 
     assert sorted(passes.__all__) == sorted(c for classes in listed.values() for c in classes)
@@ -211,6 +211,7 @@ def test_the_wheel_has_every_package() -> None:
     listed = set(re.findall(r'"([\w.]+)"', block[1]))
     folders = {p.parent.relative_to(ROOT) for p in ENGINE if p.name == "__init__.py"}
     there = {".".join(folder.parts) for folder in folders} | {"lensfx.passes"}
-    assert listed == there
+    # Installed under a name of its own, outside the package that imports torch.
+    assert listed == there - {"lensfx.testing.plugin"} | {"lensfx_pytest"}
     bare = {p.parent for p in ENGINE} - {p.parent for p in ENGINE if p.name == "__init__.py"}
     assert not bare
