@@ -17,8 +17,8 @@ from lensfx.analysis.structure import structure
 from lensfx.errors import GuardError, PipelineError
 from lensfx.graph.compiled import probe
 from lensfx.graph.names import native_name
-from lensfx.graph.node import argument, dtype_of, is_op, is_weight, module_path, shape_of
-from lensfx.graph.program import Program
+from lensfx.graph.node import argument, arguments, dtype_of, is_op, is_weight, module_path, shape_of
+from lensfx.graph.program import Program, copy_graph
 from lensfx.graph.views import same_size
 from lensfx.rewrite import At
 
@@ -116,7 +116,11 @@ def _unknown(name: str, names: Names) -> PipelineError:
 def norm_inputs(program: Program, norms: Iterable[fx.Node]) -> Callable[[], dict[str, Any]]:
     """A function that runs the example call and gives what each norm reads, by the norm's name."""
     wanted = {n.name: argument(n, "input") for n in norms}
-    run, weights = probe(program.graph, [x.name for x in wanted.values()])
+    graph, _ = copy_graph(program.graph)
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.rms_norm.default):
+        # Run in float64, the kernel would take another eps than in the dtype of this node.
+        node.args, node.kwargs = (), {**arguments(node), "eps": _eps(node)}
+    run, weights = probe(graph, [x.name for x in wanted.values()])
     tensors = [program.tensors[w] for w in weights]
 
     def read() -> dict[str, Any]:
@@ -129,15 +133,19 @@ def norm_inputs(program: Program, norms: Iterable[fx.Node]) -> Callable[[], dict
 
 def divisor(norm: fx.Node, x: torch.Tensor) -> torch.Tensor:
     """What a norm divides by where it reads `x`: [..., 1]."""
-    eps = argument(norm, "eps")
-    if eps is None:
-        # Kernels compute in float32 for all smaller dtypes, and take their eps from there.
-        wide = dtype_of(norm) == torch.float64
-        eps = torch.finfo(torch.float64 if wide else torch.float32).eps
     x = x.double()
     if is_op(norm, torch.ops.aten.layer_norm.default):
         x = x - x.mean(-1, keepdim=True)
-    return (x.square().mean(-1, keepdim=True) + eps).sqrt()
+    return (x.square().mean(-1, keepdim=True) + _eps(norm)).sqrt()
+
+
+def _eps(norm: fx.Node) -> float:
+    eps = argument(norm, "eps")
+    if eps is not None:
+        return float(eps)
+    # Kernels compute in float32 for all smaller dtypes, and take their eps from there.
+    wide = dtype_of(norm) == torch.float64
+    return torch.finfo(torch.float64 if wide else torch.float32).eps
 
 
 def fitted(norm: fx.Node, scale: torch.Tensor | None) -> torch.Tensor | str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from lensfx.graph.compiled import closure
-from lensfx.graph.node import argument, is_op, outputs_of, schema_names
+from lensfx.graph.node import argument, dtype_of, is_op, outputs_of, schema_names
 from lensfx.graph.ops import is_hook, written_tensors
 from lensfx.verify.inputs import Scenario, seeded, wide
 from lensfx.verify.kernels import KERNELS, WIDER
@@ -123,8 +123,11 @@ def widened_args(node: fx.Node, dtype: torch.dtype) -> tuple[Any, Any]:
     widened = fx.node.map_aggregate((node.args, node.kwargs), _dtype)
     args, kwargs = widened if _names_a_dtype(node) else (node.args, node.kwargs)
     if is_op(node, aten.rms_norm.default) and argument(node, "eps") is None:
-        # The kernels compute in float32 for all smaller dtypes, and take their eps from there.
-        eps = torch.finfo(torch.float32 if dtype in WIDER else torch.float64).eps
+        # The kernels compute in float32 for all smaller dtypes, and take their eps from there; a
+        # part of the model may be in another dtype than the rest.
+        eps = torch.finfo(
+            torch.float32 if (dtype_of(node) or dtype) in WIDER else torch.float64
+        ).eps
         named = dict(zip(schema_names(node.target), args, strict=False))
         return (), {**named, **kwargs, "eps": eps}
     return args, kwargs
